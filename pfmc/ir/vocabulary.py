@@ -1,0 +1,226 @@
+"""The words of the graph: stages, our operators as ONNX functions, metadata keys, legality.
+
+Every operator of domain ``pfmc`` is an ONNX function whose body is standard operators, so a
+model at any stage opens in Netron and runs in ONNX Runtime (graph optimisation BASIC or off).
+
+Operators (B batch, S positions, H heads, D head width; all float32):
+
+``FixedLinear(x[..., in], weight[in, out], bias[out]) -> y[..., out]``
+    a weight-stationary product; ``bias`` is zeros where the source had none. The node's name is
+    the layer's id (its module scope, e.g. ``model.layers.0.self_attn.q_proj``).
+``QuantisedLinear(x[..., in], codes[in, out] int4|int8, scale, bias[out]) -> y[..., out]``
+    the same with symmetric integer codes: ``scale`` is ``[out]`` (attributes ``axis=1``,
+    ``block_size=0``) or ``[ceil(in / block_size), out]`` (``axis=0``).
+``Quantise(x, scale[]) -> y``
+    static symmetric fake-quantisation: ``clip(round(x / scale), -top, top) * scale`` with float
+    attribute ``top = 2**(bits-1) - 1``; round half to even.
+``QuantiseToken(x) -> y``
+    the same with ``scale = max|x| / top`` over the last axis, afresh for every position.
+``Rotary(x[B, H, S, D], cos, sin) -> y``
+    ``x * cos + rotate_half(x) * sin``; cos and sin broadcast against x.
+``SwiGLU(gate, up) -> gate * sigmoid(gate) * up``
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+DOMAIN = "pfmc"
+OPSET = 24
+IR_VERSION = 11
+
+KEY_SOURCE = "pfmc.src"  # ids of the source nodes this came from, space-separated: "n12 n13"
+KEY_SCOPE = "pfmc.scope"  # module scope, e.g. "model.layers.0.self_attn"
+KEY_VALUE = "pfmc.value"  # name, in the source file, of the value that a fixed linear produces
+KEY_WEIGHT = "pfmc.weight"  # original weight name(s) of an initialiser
+
+
+class Stage(enum.Enum):
+    """How far a model has come down the road."""
+
+    SOURCE = "source"
+    CANONICAL = "canonical"
+    QUANTISED = "quantised"
+
+
+FIXED_LINEAR = "FixedLinear"
+QUANTISED_LINEAR = "QuantisedLinear"
+QUANTISE = "Quantise"
+QUANTISE_TOKEN = "QuantiseToken"
+ROTARY = "Rotary"
+SWIGLU = "SwiGLU"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One line of a function body: operator, inputs, outputs, attributes.
+
+    An attribute given as ``"@name"`` refers to the calling node's attribute of that name.
+    """
+
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of domain ``pfmc``: its formal inputs, outputs, attributes and its meaning."""
+
+    name: str
+    inputs: tuple[str, ...]
+    attributes: tuple[tuple[str, ir.AttributeType], ...]
+    body: tuple[Op, ...]
+    outputs: tuple[str, ...] = ("y",)
+
+
+OPERATORS: dict[str, Operator] = {
+    FIXED_LINEAR: Operator(
+        FIXED_LINEAR,
+        ("x", "weight", "bias"),
+        (),
+        (
+            Op("MatMul", ("x", "weight"), ("product",)),
+            Op("Add", ("product", "bias"), ("y",)),
+        ),
+    ),
+    QUANTISED_LINEAR: Operator(
+        QUANTISED_LINEAR,
+        ("x", "codes", "scale", "bias"),
+        (("axis", ir.AttributeType.INT), ("block_size", ir.AttributeType.INT)),
+        (
+            Op(
+                "DequantizeLinear",
+                ("codes", "scale"),
+                ("weight",),
+                (("axis", "@axis"), ("block_size", "@block_size")),
+            ),
+            Op("MatMul", ("x", "weight"), ("product",)),
+            Op("Add", ("product", "bias"), ("y",)),
+        ),
+    ),
+    QUANTISE: Operator(
+        QUANTISE,
+        ("x", "scale"),
+        (("top", ir.AttributeType.FLOAT),),
+        (
+            Op("Constant", (), ("top",), (("value_float", "@top"),)),
+            Op("Neg", ("top",), ("bottom",)),
+            Op("Div", ("x", "scale"), ("ratio",)),
+            Op("Round", ("ratio",), ("rounded",)),
+            Op("Clip", ("rounded", "bottom", "top"), ("code",)),
+            Op("Mul", ("code", "scale"), ("y",)),
+        ),
+    ),
+    QUANTISE_TOKEN: Operator(
+        QUANTISE_TOKEN,
+        ("x",),
+        (("top", ir.AttributeType.FLOAT),),
+        (
+            Op("Constant", (), ("top",), (("value_float", "@top"),)),
+            Op("Constant", (), ("tiny",), (("value_float", 1e-30),)),
+            Op("Constant", (), ("last",), (("value_ints", (-1,)),)),
+            Op("Abs", ("x",), ("magnitude",)),
+            Op("ReduceMax", ("magnitude", "last"), ("peak",), (("keepdims", 1),)),
+            Op("Max", ("peak", "tiny"), ("range",)),
+            Op("Div", ("range", "top"), ("scale",)),
+            Op("Div", ("x", "scale"), ("ratio",)),
+            Op("Round", ("ratio",), ("code",)),
+            Op("Mul", ("code", "scale"), ("y",)),
+        ),
+    ),
+    ROTARY: Operator(
+        ROTARY,
+        ("x", "cos", "sin"),
+        (),
+        (
+            Op("Split", ("x",), ("left", "right"), (("axis", -1), ("num_outputs", 2))),
+            Op("Neg", ("right",), ("negative",)),
+            Op("Concat", ("negative", "left"), ("turned",), (("axis", -1),)),
+            Op("Mul", ("x", "cos"), ("even",)),
+            Op("Mul", ("turned", "sin"), ("odd",)),
+            Op("Add", ("even", "odd"), ("y",)),
+        ),
+    ),
+    SWIGLU: Operator(
+        SWIGLU,
+        ("gate", "up"),
+        (),
+        (
+            Op("Sigmoid", ("gate",), ("squashed",)),
+            Op("Mul", ("gate", "squashed"), ("active",)),
+            Op("Mul", ("active", "up"), ("y",)),
+        ),
+    ),
+}
+"""Every operator of our domain and its ideal meaning."""
+
+
+def _attribute(name: str, value: object) -> ir.Attr:
+    if isinstance(value, str) and value.startswith("@"):
+        kind = ir.AttributeType.FLOAT if name == "value_float" else ir.AttributeType.INT
+        return ir.RefAttr(name, value[1:], kind)
+    if isinstance(value, tuple):
+        return ir.AttrInt64s(name, value)
+    if isinstance(value, float):
+        return ir.AttrFloat32(name, value)
+    assert isinstance(value, int)
+    return ir.AttrInt64(name, value)
+
+
+def function(name: str) -> ir.Function:
+    """The ONNX function of operator `name`, made afresh."""
+    operator = OPERATORS[name]
+    values: dict[str, ir.Value] = {n: ir.Value(name=n) for n in operator.inputs}
+    nodes: list[ir.Node] = []
+    for line in operator.body:
+        outputs = [ir.Value(name=n) for n in line.outputs]
+        values.update(zip(line.outputs, outputs, strict=True))
+        nodes.append(
+            ir.Node(
+                "",
+                line.op_type,
+                [values[n] for n in line.inputs],
+                [_attribute(k, v) for k, v in line.attributes],
+                outputs=outputs,
+            )
+        )
+    graph = ir.Graph(
+        [values[n] for n in operator.inputs],
+        [values[n] for n in operator.outputs],
+        nodes=nodes,
+        opset_imports={"": OPSET},
+        name=name,
+    )
+    formal = [ir.Attr(n, kind, None) for n, kind in operator.attributes]
+    return ir.Function(DOMAIN, name, "", graph=graph, attributes=formal)
+
+
+def install(model: ir.Model) -> None:
+    """Gives `model` the functions of the ``pfmc`` operators it uses, and no others."""
+    used = sorted({n.op_type for n in model.graph if n.domain == DOMAIN})
+    for identifier in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[identifier]
+    for name in used:
+        made = function(name)
+        model.functions[made.identifier()] = made
+    if used:
+        model.graph.opset_imports[DOMAIN] = 1
+
+
+def is_op(node: ir.Node, op_type: str, domain: str = "") -> bool:
+    """Whether `node` is `op_type` of `domain` (``""`` and ``"ai.onnx"`` are the same)."""
+    own = "" if node.domain == "ai.onnx" else node.domain
+    return node.op_type == op_type and own == domain
+
+
+LINEARS = frozenset({FIXED_LINEAR, QUANTISED_LINEAR})
+
+
+def fixed_linears(model: ir.Model) -> list[ir.Node]:
+    """The weight-stationary products of `model` in graph order."""
+    return [n for n in model.graph if n.domain == DOMAIN and n.op_type in LINEARS]
