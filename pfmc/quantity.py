@@ -49,10 +49,13 @@ _PLAIN: Final[dict[str, tuple[float, Dims]]] = {
     "deg": (0.017453292519943295, NONE), "byte": (8.0, NONE), "B": (8.0, NONE),
 }  # fmt: skip
 _COUNTS: Final = frozenset(
-    "bit weight MAC op sample symbol token tok voxel pixel plane cell level layer mask wafer die "
-    "user cycle param parameter conversion step photon electron transistor tile row column mode "
-    "access word volume inference device event use".split()
-)
+    {
+        "bit", "weight", "MAC", "op", "sample", "symbol", "token", "tok", "voxel", "pixel", "plane",
+        "cell", "level", "layer", "mask", "wafer", "die", "user", "cycle", "param", "parameter",
+        "conversion", "step", "photon", "electron", "transistor", "tile", "row", "column", "mode",
+        "access", "word", "volume", "inference", "device", "event", "use",
+    }
+)  # fmt: skip
 _FACTOR = re.compile(r"([A-Za-z%]+|1)\^?(-?\d+)?")
 
 
