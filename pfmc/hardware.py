@@ -56,8 +56,8 @@ class QuantisedMatrix:
     def digest(self) -> str:
         """sha256 over codes and scales."""
         h = hashlib.sha256(f"{self.bits} {self.group} {self.codes.shape}".encode())
-        h.update(np.ascontiguousarray(self.codes))
-        h.update(np.ascontiguousarray(self.scale))
+        h.update(np.ascontiguousarray(self.codes).data)
+        h.update(np.ascontiguousarray(self.scale).data)
         return h.hexdigest()
 
 

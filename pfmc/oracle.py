@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +85,7 @@ class Oracle:
         with np.load(back) as held:
             return {n: held[f"a{i}"] for i, n in enumerate(answer["names"])}
 
-    def _ask(self, question: Mapping[str, object]) -> dict[str, list[object]]:
+    def _ask(self, question: Mapping[str, object]) -> dict[str, Any]:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         try:
@@ -99,7 +100,7 @@ class Oracle:
                 where=str(self.path),
                 mend=f"its limits are {_MEMORY_BYTES >> 30} GiB of memory and {_SECONDS} CPU s",
             )
-        answer: dict[str, list[object]] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise InputError(f"ONNX Runtime refuses: {answer['error']}", where=str(self.path))
         return answer
@@ -140,7 +141,7 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
 
 
-def _questions() -> Iterator[dict[str, object]]:
+def _questions() -> Iterator[dict[str, Any]]:
     for line in sys.stdin.buffer:
         yield json.loads(line)
 
@@ -150,12 +151,12 @@ def _serve() -> None:
     import onnxruntime as ort
 
     ort.set_default_logger_severity(4)
-    session = None
+    session: Any = None
     for question in _questions():
         try:
             if session is None:
                 session = _open(question)
-                answer: dict[str, object] = {
+                answer: dict[str, Any] = {
                     "inputs": [[i.name, i.type, i.shape] for i in session.get_inputs()],
                     "outputs": [o.name for o in session.get_outputs()],
                 }
@@ -167,26 +168,25 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
-def _open(question: Mapping[str, object]):  # type: ignore[no-untyped-def]
+def _open(question: Mapping[str, Any]) -> Any:
     import onnxruntime as ort
 
-    path = Path(str(question["path"]))
+    path = Path(question["path"])
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.intra_op_num_threads = options.inter_op_num_threads = int(str(question["threads"]))
+    options.intra_op_num_threads = options.inter_op_num_threads = question["threads"]
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent)
     )
-    observe = list(question["observe"])  # type: ignore[call-overload]
-    model = with_outputs(path.read_bytes(), observe)
+    model = with_outputs(path.read_bytes(), question["observe"])
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _run(session, question: Mapping[str, object]) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    with np.load(str(question["feeds"])) as held:
-        feeds = {n: held[f"a{i}"] for i, n in enumerate(question["names"])}  # type: ignore[arg-type]
+def _run(session: Any, question: Mapping[str, Any]) -> dict[str, Any]:
+    with np.load(question["feeds"]) as held:
+        feeds = {n: held[f"a{i}"] for i, n in enumerate(question["names"])}
     results = session.run(None, feeds)
-    np.savez(str(question["results"]), **{f"a{i}": r for i, r in enumerate(results)})
+    np.savez(question["results"], **{f"a{i}": r for i, r in enumerate(results)})
     return {"names": [o.name for o in session.get_outputs()]}
 
 

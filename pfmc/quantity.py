@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from pfmc.errors import UsageError, did_you_mean
 
@@ -272,7 +272,7 @@ def read_quantity(name: str, table: Mapping[str, object]) -> Quantity:
 
 
 def _numbers(name: str, value: object) -> tuple[float, ...]:
-    items = value if isinstance(value, list) else [value]
+    items: list[Any] = value if isinstance(value, list) else [value]
     if not items or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in items):
         raise UsageError("the value is not a number or a list of numbers", where=name)
     return tuple(float(v) for v in items)

@@ -1,1 +1,116 @@
+"""The command line: verbs only. It parses, calls and prints; each verb is imported when asked for.
 
+stdout is data, stderr is progress and messages. Exit codes stand in `pfmc.errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+import pfmc
+from pfmc.errors import PfmcError
+
+VERBS = {
+    "compile": "Compile a model to hardware.",
+    "compare": "Compare the cost of artifacts, or of one model on several targets.",
+    "inspect": "Look into a model, an artifact, a layer or one tile.",
+    "run": "Run an artifact's simulated hardware: stream text, or feed it a file.",
+    "verify": "Measure an artifact against ONNX Runtime on the untouched input file.",
+    "check": "Hash every file of an artifact.",
+    "targets": "List the technologies, or show one with its sources.",
+    "passes": "List the recipes and passes, or explain what each pass does to a model.",
+    "models": "List the model cards.",
+    "doctor": "Show versions, devices and what is missing.",
+}
+
+EPILOGUE = """Examples:
+
+  pfmc compile model.onnx --target optical -o out.pfm
+
+  pfmc compare model.onnx --targets rom,crossbar,optical
+
+Without a model, `pfmc compile` says how to use the one that is shipped."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _app() -> App:
+    app = App(
+        name="pfmc",
+        help=pfmc.__doc__,
+        help_epilogue=EPILOGUE,
+        help_format="plaintext",
+        version=pfmc.__version__,
+        default_parameter=Parameter(negative=()),
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    for verb, help_text in VERBS.items():
+        app.command(f"pfmc.cli.{verb}:{verb}_", name=verb, help=help_text)
+    return app
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and exits with the exit code of `pfmc.errors`."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `pfmc … | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _terminate(_: int, __: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result = _app()(arguments, exit_on_error=False, print_error=False)
+        return result if isinstance(result, int) else 0
+    except PfmcError as error:
+        return _say(str(error), error.exit_code)
+    except CycloptsError as error:
+        return _say(f"{error}\n  mend:  see pfmc --help", 2)
+    except KeyboardInterrupt:
+        return _say("stopped; run the same command again and it resumes", 130)
+    except _Terminated:
+        return _say("terminated; run the same command again and it resumes", 143)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _say(f"{error.strerror or error}\n  where: {error.filename or '-'}", 74)
+    except MemoryError:
+        return _say("out of memory\n  mend:  use --recipe stream, or fewer --jobs", 74)
+    except Exception as error:  # a bug of ours: no traceback on the screen, but a file that has it
+        return _say(_report_bug(error, arguments), 1)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"pfmc: {message}", file=sys.stderr)
+    return code
+
+
+def _report_bug(error: Exception, arguments: list[str]) -> str:
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="pfmc-crash-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as f:
+        f.write(f"pfmc {pfmc.__version__}\narguments: {arguments!r}\n\n")
+        traceback.print_exception(error, file=f)
+    return (
+        f"internal error: {type(error).__name__}: {error}\n  where: {f.name}\n"
+        "  mend:  this is a bug of pfmc; report it with that file"
+    )

@@ -1,0 +1,65 @@
+"""One table, four ways to print it: for a terminal, as Markdown, as CSV, as JSON rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings.
+
+    Attributes:
+        headings: one a column.
+        rows: cells as text; a row shorter than the headings is a section title.
+        title: above the table.
+    """
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str = ""
+
+    def markdown(self) -> str:
+        """A GitHub-flavoured Markdown table."""
+        lines = [f"**{self.title}**", ""] if self.title else []
+        lines += [_pipes(self.headings), _pipes(["---"] * len(self.headings))]
+        for row in self.rows:
+            lines.append(_pipes(row if len(row) > 1 else (f"**{row[0]}**", *self._blank())))
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """Comma-separated values with one line of headings; sections are left out."""
+        sink = io.StringIO()
+        writer = csv.writer(sink, lineterminator="\n")
+        writer.writerow(self.headings)
+        writer.writerows(r for r in self.rows if len(r) > 1)
+        return sink.getvalue()
+
+    def _blank(self) -> list[str]:
+        return [""] * (len(self.headings) - 1)
+
+    def show(self) -> None:
+        """Prints it to stdout; plain text without a terminal, without colour under NO_COLOR."""
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        wide = max(80, 20 + 24 * len(self.headings))
+        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else wide)
+        drawn = RichTable(title=self.title or None, title_justify="left", box=None, pad_edge=False)
+        for index, heading in enumerate(self.headings):
+            drawn.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+        for row in self.rows:
+            if len(row) > 1:
+                drawn.add_row(*row)
+            else:
+                drawn.add_row(*self._blank(), "")
+                drawn.add_row(f"[bold]{row[0]}[/bold]", *self._blank())
+        console.print(drawn)
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
