@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pfmc.compile import compile_model as compile
+    from pfmc.compile import compile_model as compile  # noqa: F401
 
 _LAZY = {
     "compile": "pfmc.compile:compile_model",

@@ -40,7 +40,7 @@ class Comparison:
                 rows.append((key, *(triple(m) if m else "–" for m in held)))
                 if breakdown:
                     rows += _terms(held)
-        return Table(("metric", *self.names), tuple(rows), self._title())
+        return Table(("metric", *self.names), tuple(rows), self._title(), numbers=True)
 
     def _title(self) -> str:
         workloads = list(dict.fromkeys(str(r["workload"]) for r in self.reports))
@@ -127,7 +127,7 @@ class Rule:
         """
         match = _RULE.fullmatch(text.strip())
         if not match:
-            raise UsageError(f"cannot read the rule {text!r}", mend="write it like energy__token:+5%")
+            raise UsageError(f"cannot read the rule {text!r}", mend="e.g. energy__token:+5%")
         if match[1] not in METRICS:
             raise UsageError(f"unknown metric {match[1]!r}", mend=did_you_mean(match[1], METRICS))
         return Rule(match[1], float(match[2] + match[3]) / 100)

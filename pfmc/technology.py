@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pfmc import library
 from pfmc.errors import UsageError, did_you_mean
@@ -175,3 +176,42 @@ def _law(file: str, table: Mapping[str, object]) -> NoiseLaw:
         k: read_quantity(f"noise.{law}.{k}", v) for k, v in table.items() if isinstance(v, dict)
     }
     return NoiseLaw(moment, law, numbers)
+
+
+def to_json(tech: Technology) -> dict[str, object]:
+    """The technology as plain JSON values, complete: `from_json` gives it back."""
+    return {
+        "name": tech.name,
+        "kind": tech.kind,
+        "title": tech.title,
+        "constants": {k: _plain(q) for k, q in sorted(tech.constants.items())},
+        "noise": [
+            {
+                "moment": n.moment,
+                "law": n.law,
+                "parameters": {k: [q.name, _plain(q)] for k, q in sorted(n.parameters.items())},
+            }
+            for n in tech.noise
+        ],
+        "settings": dict(tech.settings),
+    }
+
+
+def from_json(body: Mapping[str, Any]) -> Technology:
+    """The technology that an artifact carries; see `to_json`."""
+    return Technology(
+        body["name"], body["kind"], body["title"],
+        {k: _quantity(k, v) for k, v in body["constants"].items()},
+        tuple(
+            NoiseLaw(
+                n["moment"], n["law"], {k: _quantity(*v) for k, v in n["parameters"].items()}
+            )
+            for n in body["noise"]
+        ),
+        body["settings"],
+    )  # fmt: skip
+
+
+def _quantity(name: str, row: list[Any]) -> Quantity:
+    values, low, high, text, source, grade = row
+    return Quantity(name, tuple(values), low, high, unit(text), source, grade)

@@ -69,3 +69,13 @@ def test_the_digest_follows_what_matters(tmp_path: Path) -> None:
     b = technology.load(written(tmp_path, GOOD.replace("a test technology", "renamed"))).digest()
     c = technology.load(written(tmp_path, GOOD.replace("value = 2", "value = 2.5"))).digest()
     assert a == b != c
+
+
+@pytest.mark.parametrize("name", sorted(library.entries("targets")))
+def test_a_technology_survives_json(name: str) -> None:
+    import json
+
+    tech = technology.load(name)
+    again = technology.from_json(json.loads(json.dumps(technology.to_json(tech))))
+    assert again == tech
+    assert again.digest() == tech.digest()

@@ -17,11 +17,13 @@ class Table:
         headings: one a column.
         rows: cells as text; a row shorter than the headings is a section title.
         title: above the table.
+        numbers: whether all columns but the first hold numbers, set to the right.
     """
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     title: str = ""
+    numbers: bool = False
 
     def markdown(self) -> str:
         """A GitHub-flavoured Markdown table."""
@@ -51,7 +53,8 @@ class Table:
         console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else wide)
         drawn = RichTable(title=self.title or None, title_justify="left", box=None, pad_edge=False)
         for index, heading in enumerate(self.headings):
-            drawn.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+            right = self.numbers and index > 0
+            drawn.add_column(heading, justify="right" if right else "left", overflow="fold")
         for row in self.rows:
             if len(row) > 1:
                 drawn.add_row(*row)

@@ -1,0 +1,161 @@
+"""``pfmc inspect``: a model, a stage dump, an artifact, a layer or one tile."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from pfmc.cli.output import print_json
+from pfmc.errors import UsageError
+from pfmc.report.format import digits, prefixed
+from pfmc.report.table import Table
+
+if TYPE_CHECKING:
+    from pfmc.inspect_model import View
+    from pfmc.report.tree import Row
+
+
+def inspect_(
+    path: Path,
+    *,
+    layer: str | None = None,
+    op: str | None = None,
+    tile: str | None = None,
+    depth: int | None = None,
+    trust_root: Path | None = None,
+    json: Annotated[bool, Parameter(name="--json")] = False,
+    csv: Annotated[bool, Parameter(name="--csv")] = False,
+    dot: Annotated[bool, Parameter(name="--dot")] = False,
+) -> int:
+    """Look into a model, an artifact, a layer or one tile; weights are read only for a tile.
+
+    Examples: pfmc inspect model.onnx
+    and pfmc inspect out.pfm --tile 'model.layers.0.mlp.up_proj[0,1]'
+
+    Parameters
+    ----------
+    path
+        A model file, a stage dump or an artifact.
+    layer
+        Show the layers of an artifact that fit this glob.
+    op
+        Show the operations of this type.
+    tile
+        Show one tile of an artifact: LAYER[row,column].
+    depth
+        Levels of the tree; for --dot, of the modules drawn (2 by default).
+    trust_root
+        Folder within which external data may be reached through links.
+    json
+        Print JSON.
+    csv
+        Print CSV.
+    dot
+        Print a Graphviz digraph of the modules.
+    """
+    if sum(x is not None for x in (layer, op, tile)) + dot > 1:
+        raise UsageError("choose one of --layer, --op, --tile and --dot")
+    from pfmc.inspect_model import look
+
+    view = look(path, trust_root)
+    if dot:
+        from pfmc.report import tree
+
+        print(tree.dot(view.items, depth or 2), end="")
+    elif tile is not None:
+        _show_tile(view, tile, json)
+    elif layer is not None:
+        _print(_layers(view, layer), json, csv)
+    elif op is not None:
+        _print(_items(view, op), json, csv)
+    else:
+        _show_tree(view, depth, json, csv)
+    return 0
+
+
+def _print(table: Table, json: bool, csv: bool) -> None:
+    if json:
+        rows = [dict(zip(table.headings, r, strict=True)) for r in table.rows]
+        print_json({"schema_version": 1, "rows": rows})
+    elif csv:
+        print(table.csv(), end="")
+    else:
+        table.show()
+
+
+def _layers(view: View, pattern: str) -> Table:
+    from pfmc.inspect_model import select_layers
+
+    found = select_layers(view, pattern)
+    facts = sorted({k for r in found for k in (*r.counts, *r.diagnostics)})
+    rows = [
+        (r.name, str(r.inputs), str(r.outputs), str(r.bits), str(r.tiles), " ".join(r.sources),
+         *(digits({**r.counts, **r.diagnostics}.get(f, 0.0)) for f in facts))
+        for r in found
+    ]  # fmt: skip
+    headings = ("layer", "inputs", "outputs", "bits", "tiles", "sources", *facts)
+    if len(rows) == 1:  # one layer reads better standing up
+        pairs = tuple(zip(headings, rows[0], strict=True))
+        return Table(("what", "value"), pairs)
+    return Table(headings, tuple(rows), view.title)
+
+
+def _items(view: View, op: str) -> Table:
+    from pfmc.inspect_model import select_items
+
+    rows = [
+        (i.name, i.op, i.scope, str(i.weights), " ".join(i.inputs), " ".join(i.outputs))
+        for i in select_items(view, op)
+    ]
+    return Table(("name", "op", "scope", "weights", "inputs", "outputs"), tuple(rows), view.title)
+
+
+def _show_tile(view: View, text: str, json: bool) -> None:
+    from pfmc.inspect_model import tile
+
+    found = tile(view, text)
+    if json:
+        print_json({"schema_version": 1, **found})
+        return
+    rows: list[tuple[str, ...]] = [
+        ("layer", found["layer"]), ("weight", found["weight"]),
+        ("sources", " ".join(found["sources"])),
+        ("share of the layer's products", digits(found["share_of_layer"])),
+        ("tile table",), *((k, _cell(v)) for k, v in found["tile"].items()),
+        ("codes",), *((k, _cell(v)) for k, v in found["codes"].items()),
+        ("first codes",), *((f"row {i}", " ".join(map(str, r)))
+                            for i, r in enumerate(found["first_codes"])),
+    ]  # fmt: skip
+    Table(("what", "value"), tuple(rows), text).show()
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _show_tree(view: View, depth: int | None, json: bool, csv: bool) -> None:
+    from pfmc.report import tree
+
+    lines = tree.rows(tree.grow(view.items, view.path.name), depth)
+    if json:
+        print_json({"schema_version": 1, "title": view.title, "rows": [asdict(r) for r in lines]})
+        return
+    headings = ("module", "operations", "weights", "bytes")
+    table = Table(headings, tuple(_tree_row(r) for r in lines), view.title)
+    if csv:
+        print(table.csv(), end="")
+    else:
+        table.show()
+
+
+def _tree_row(row: Row) -> tuple[str, ...]:
+    top = sorted(row.operators.items(), key=lambda kv: (-kv[1], kv[0]))
+    shown = " ".join(f"{n}×{op}" if n > 1 else op for op, n in top[:6])
+    more = f" +{len(top) - 6} kinds" if len(top) > 6 else ""
+    return (
+        "  " * row.depth + row.label, shown + more,
+        prefixed(row.weights) if row.weights else "", prefixed(row.size) if row.size else "",
+    )  # fmt: skip

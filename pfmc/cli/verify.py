@@ -1,0 +1,93 @@
+"""``pfmc verify``: an artifact against ONNX Runtime on the untouched input file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from pfmc.cli.output import Progress, print_json
+from pfmc.errors import VerificationError
+from pfmc.report.format import digits
+from pfmc.report.table import Table
+
+if TYPE_CHECKING:
+    from pfmc.verify import Row
+
+
+def verify_(
+    path: Path,
+    *,
+    model: Path | None = None,
+    level: int = 3,
+    text: Path | None = None,
+    input: Path | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    seed: int = 1,
+    die: int = 0,
+    ideal: bool = False,
+    layers: bool = False,
+    json: Annotated[bool, Parameter(name="--json")] = False,
+    quiet: Annotated[bool, Parameter(name=["-q", "--quiet"])] = False,
+) -> int:
+    """Measure an artifact against ONNX Runtime; exit code 4 if a threshold of its recipe fails.
+
+    Levels: 0 hashes, 1 emitted files, 2 integer products, 3 layers and the whole model.
+
+    Parameters
+    ----------
+    path
+        The artifact.
+    model
+        The ONNX file it was compiled from; remembered by the artifact if it has not moved.
+    level
+        How far to go.
+    text
+        Text file to measure on; text the model writes itself by default.
+    input
+        .npz file with input arrays, for encoders and vision models.
+    windows
+        Windows or inputs to measure on; the recipe's number by default.
+    length
+        Tokens a window.
+    seed
+        Seed of the text or of the inputs.
+    die
+        Which die is measured.
+    ideal
+        Measure the ideal die, without noise.
+    layers
+        Show every layer's error.
+    json
+        Print JSON.
+    quiet
+        No progress.
+    """
+    from pfmc.targets.base import Die
+    from pfmc.verify import verify
+
+    progress = Progress(quiet=quiet or json)
+    found = verify(
+        path, model=model, level=level, text=text, inputs=input, windows=windows, length=length,
+        seed=seed, die=Die(None if ideal else die, 0.0, not ideal), progress=progress,
+    )  # fmt: skip
+    progress.done()
+    if json:
+        print_json(found.json())
+    else:
+        shown = [r for r in found.rows if layers or not r.name.startswith("layer ")]
+        Table(("check", "measured", "limit", ""), tuple(map(_row, shown)), found.title).show()
+    failed = [r.name for r in found.rows if r.passed is False]
+    if failed:
+        raise VerificationError("verification failed: " + ", ".join(failed), where=str(path))
+    return 0
+
+
+def _row(row: Row) -> tuple[str, str, str, str]:
+    value = digits(row.value) if abs(row.value) >= 1e-3 or row.value == 0 else f"{row.value:.2e}"
+    spread = f"  [{row.low:.4g} – {row.high:.4g}]" if row.low is not None else ""
+    limit = "" if row.limit is None else f"{row.relation} {row.limit:g}"
+    verdict = {True: "pass", False: "FAIL", None: ""}[row.passed]
+    return row.name, f"{value}{spread} {row.unit}".rstrip(), limit, verdict

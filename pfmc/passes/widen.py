@@ -1,0 +1,81 @@
+"""Half-precision files become float32 graphs: weights are widened lazily, never copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from pfmc.ir import vocabulary
+from pfmc.passes.base import Context, Pass, PassResult
+
+_HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+
+@dataclass(frozen=True)
+class Widen(Pass):
+    """float16 and bfloat16 values -> float32, so that one arithmetic runs everywhere.
+
+    Weights keep their stored numbers exactly; only the arithmetic between them gains bits. Graph
+    inputs and outputs become float32 too. Casts between float types that thereby do nothing are
+    left to `fold`.
+    """
+
+    name: ClassVar[str] = "widen"
+
+    def apply(self, model: ir.Model, context: Context) -> PassResult:
+        """Widens every half-precision initialiser, value type and cast."""
+        graph = model.graph
+        changed = sum(_widen_weight(v) for v in list(graph.initializers.values()))
+        for node in graph:
+            changed += _widen_attributes(node)
+        values = [*graph.inputs, *(o for n in graph for o in n.outputs)]
+        changed += sum(_widen_type(v) for v in values)
+        return PassResult(model, changed, (), {"widened": changed})
+
+
+def _widen_weight(value: ir.Value) -> int:
+    tensor = value.const_value
+    if tensor is None or tensor.dtype not in _HALVES:
+        return 0
+    value.const_value = _widened(tensor)
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    return 1
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(tensor.shape), name=tensor.name)
+
+
+def _widen_attributes(node: ir.Node) -> int:
+    changed = 0
+    for key, attribute in list(node.attributes.items()):
+        if attribute.type == ir.AttributeType.INT and _is_type(node, key):
+            if ir.DataType(attribute.as_int()) in _HALVES:
+                node.attributes[key] = ir.AttrInt64(key, ir.DataType.FLOAT)
+                changed += 1
+        elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in _HALVES:
+            node.attributes[key] = ir.AttrTensor(
+                key, ir.tensor(attribute.value.numpy().astype(np.float32))
+            )
+            changed += 1
+    return changed
+
+
+def _is_type(node: ir.Node, key: str) -> bool:
+    """Whether attribute `key` of `node` names an element type."""
+    return (key == "to" and vocabulary.is_op(node, "Cast")) or key in (
+        "dtype", "output_dtype", "stash_type", "softmax_precision",
+    )  # fmt: skip
+
+
+def _widen_type(value: ir.Value) -> int:
+    if value.type is None or value.type.dtype not in _HALVES:
+        return 0
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    return 1

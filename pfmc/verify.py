@@ -1,0 +1,395 @@
+"""The ladder of truth: hashes, emitted files, integer products, and ONNX Runtime end to end.
+
+Everything from level 2 on is measured against ONNX Runtime (`pfmc.oracle`); level 3 runs it on the
+untouched input file. Thresholds are those of the recipe the artifact was compiled with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from pfmc import artifact, ingest, simulate, store
+from pfmc.distill import calibrate, drive, measure
+from pfmc.distill.drive import Drive
+from pfmc.errors import UsageError
+from pfmc.ir import vocabulary
+from pfmc.oracle import Oracle
+from pfmc.simulate import Machine
+from pfmc.targets.base import Die, StoredLinear
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str], None]
+
+EXACT_POSITIONS = 4
+"""Random input vectors that each layer's integer product is checked on."""
+
+
+def _silent(_: str) -> None:
+    """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number.
+
+    Attributes:
+        name: what was measured; value, unit: the number.
+        limit: its threshold, or None where it only informs; relation: ``<=`` or ``>=``.
+        low, high: 95 % interval over windows, or None.
+    """
+
+    name: str
+    value: float
+    limit: float | None = None
+    relation: str = "<="
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the threshold holds; None without one; NaN fails."""
+        if self.limit is None:
+            return None
+        return self.value <= self.limit if self.relation == "<=" else self.value >= self.limit
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Everything that was measured."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no threshold failed."""
+        return all(r.passed is not False for r in self.rows)
+
+    def json(self) -> dict[str, object]:
+        """As plain JSON values."""
+        return {
+            "schema_version": 1,
+            "title": self.title,
+            "passed": self.passed,
+            "rows": [vars(r) | {"passed": r.passed} for r in self.rows],
+        }
+
+
+def verify(
+    path: str | Path, *, model: Path | None = None, level: int = 3, text: Path | None = None,
+    inputs: Path | None = None, windows: int | None = None, length: int | None = None,
+    seed: int = 1, die: Die | None = None, progress: Progress = _silent,
+) -> Verification:  # fmt: skip
+    """Measures the artifact at `path`.
+
+    Args:
+        path: the artifact; model: the ONNX file it came from, if it has moved.
+        level: 0 hashes, 1 emitted files, 2 integer products, 3 layers and the whole model.
+        text, inputs: what to measure on; self-written text or seeded inputs by default.
+        windows, length, seed: how much of it.
+        die: which die; die 0, new and noisy, by default.
+
+    Raises:
+        CorruptError: a file is missing or was changed (level 0).
+        UsageError: the input file is not found or is another one.
+        InputError: ONNX Runtime refuses it.
+    """
+    place, die = Path(path), die or Die()
+    progress("hashing every file")
+    manifest = artifact.require_intact(place)
+    rows = [Row("files intact", float(len(manifest.files)), unit="files")]
+    machine = simulate.open_machine(place, die) if level >= 1 else None
+    if machine is not None:
+        progress("checking the emitted files")
+        rows += _emitted(machine)
+    if machine is not None and level >= 2 and machine.target.exact:
+        progress("integer products against ONNX Runtime")
+        rows.append(_exact(machine, seed))
+    if machine is not None and level >= 3:
+        source = find_source(machine, model)
+        plan = _Plan.of(machine, text, inputs, windows, length, seed)
+        rows += _end_to_end(machine, source, plan, progress)
+    name = "ideal die" if die.seed is None else f"die {die.seed}"
+    return Verification(f"{place.name}, {name}, against ONNX Runtime", tuple(rows))
+
+
+# -- levels 1 and 2 ------------------------------------------------------------------------------
+
+
+def _emitted(machine: Machine) -> list[Row]:
+    """The worst of each of the target's own checks over all layers."""
+    worst: dict[str, Row] = {}
+    for stored in store.read_layers(machine.path):
+        for check in machine.target.verify(stored, machine.path / "hardware", machine.technology):
+            row = Row(f"emitted: {check.name}", check.value, check.limit, unit=check.unit)
+            held = worst.get(row.name)
+            if held is None or row.value > held.value or math.isnan(row.value):
+                worst[row.name] = row
+    return list(worst.values())
+
+
+def _exact(machine: Machine, seed: int) -> Row:
+    """Products of the emitted files that differ from ONNX Runtime's MatMulInteger: none may."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    wrong = 0
+    with tempfile.TemporaryDirectory(prefix="pfmc-verify-") as folder:
+        for stored in store.read_layers(machine.path):
+            top = 2 ** (stored.input_bits - 1) - 1
+            codes = rng.integers(-top, top + 1, (EXACT_POSITIONS, stored.inputs)).astype(np.int8)
+            codes[0] = top
+            ours = machine.target.integer_product(  # type: ignore[attr-defined]
+                stored, machine.path / "hardware", codes
+            )
+            theirs = _matmul_integer(Path(folder) / "product.onnx", stored, codes)
+            wrong += int(np.count_nonzero(ours != theirs))
+    return Row("integer products that differ from ONNX Runtime", float(wrong), 0.0)
+
+
+def _matmul_integer(path: Path, stored: StoredLinear, codes: Array) -> Array:
+    x = ir.Value(
+        name="x", type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape(["n", stored.inputs])
+    )
+    weight = np.ascontiguousarray(stored.tensors["codes"]).astype(np.int8)
+    held = ir.Value(name="w", const_value=ir.tensor(weight, name="w"))
+    node = ir.Node("", "MatMulInteger", [x, held], num_outputs=1)
+    y = node.outputs[0]
+    y.name, y.type = "y", ir.TensorType(ir.DataType.INT32)
+    y.shape = ir.Shape(["n", stored.outputs])
+    graph = ir.Graph(
+        [x], [y], nodes=[node], initializers=[held], name="product",
+        opset_imports={"": vocabulary.OPSET},
+    )  # fmt: skip
+    path.write_bytes(
+        ir.to_proto(ir.Model(graph, ir_version=vocabulary.IR_VERSION)).SerializeToString()
+    )
+    with Oracle(path) as oracle:
+        return oracle.run({"x": codes})["y"]
+
+
+# -- level 3 -------------------------------------------------------------------------------------
+
+
+def find_source(machine: Machine, given: Path | None) -> Path:
+    """The ONNX file that the artifact was compiled from, proved by its digest.
+
+    Raises:
+        UsageError: it is not where it was, or is another file.
+    """
+    wanted: dict[str, str] = machine.manifest["config"]["inputs"]
+    remembered = machine.path / "provenance" / "source.txt"
+    path = given
+    if path is None and remembered.is_file():
+        path = Path(remembered.read_text(encoding="utf-8").strip())
+    if path is None or not path.is_file():
+        raise UsageError(
+            "the input file is not where it was", where=str(path or ""),
+            mend=f"give it with --model ({', '.join(wanted)})",
+        )  # fmt: skip
+    if hashlib.sha256(path.read_bytes()).hexdigest() not in wanted.values():
+        raise UsageError(
+            "this is not the file the artifact was compiled from", where=str(path),
+            mend="give the right one with --model",
+        )  # fmt: skip
+    return path
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured on, and the thresholds."""
+
+    text: Path | None
+    inputs: Path | None
+    windows: int
+    length: int
+    seed: int
+    thresholds: Mapping[str, float | None]
+
+    @staticmethod
+    def of(
+        machine: Machine, text: Path | None, inputs: Path | None, windows: int | None,
+        length: int | None, seed: int,
+    ) -> _Plan:  # fmt: skip
+        held: dict[str, Any] = dict(machine.manifest["config"]["recipe"]["verify"])
+        return _Plan(
+            text, inputs, windows or held.pop("windows"), length or held.pop("length"), seed, held
+        )
+
+
+def _end_to_end(
+    machine: Machine, source: Path, plan: _Plan, progress: Progress
+) -> list[Row]:
+    loaded = ingest.load(source)
+    batches = calibrate.probe_batches(
+        loaded.model, machine.tokenizer, text=plan.text, inputs=plan.inputs,
+        count=plan.windows, length=plan.length, seed=plan.seed, progress=progress,
+    )  # fmt: skip
+    progress("layers against ONNX Runtime")
+    rows = _layers(machine, loaded.model, source, batches[0], plan.thresholds)
+    progress("the whole model against ONNX Runtime")
+    try:
+        lead: Drive | None = drive.detect(loaded.model)
+    except UsageError:
+        lead = None
+    if lead is not None:
+        return rows + _language(machine, lead, source, batches, plan.thresholds)
+    return rows + _encoder(machine, source, batches, plan.thresholds)
+
+
+def _layers(
+    machine: Machine, model: ir.Model, source: Path, feeds: Mapping[str, Array],
+    thresholds: Mapping[str, float | None],
+) -> list[Row]:  # fmt: skip
+    """Relative RMS error of each fixed linear's output, inside the simulated model."""
+    values = {
+        str(n.name): (n.metadata_props[vocabulary.KEY_VALUE], n.metadata_props.get("pfmc.perm"))
+        for n in vocabulary.fixed_linears(machine.student.model)
+        if vocabulary.KEY_VALUE in n.metadata_props
+    }
+    outputs = {str(v.name) for v in model.graph.outputs}
+    observe = sorted({v for v, _ in values.values()} - outputs)
+    with Oracle(source, observe=observe) as oracle:
+        truth = oracle.run(feeds)
+    seen: dict[str, Array] = {}
+    machine.student.observe = lambda name, _, y: seen.__setitem__(name, y.detach().numpy())
+    machine.run(machine_feeds(machine, feeds))
+    machine.student.observe = None
+    errors = {n: _relative(seen[n], truth[v], perm) for n, (v, perm) in values.items()}
+    rows = [Row(f"layer {n}", e, unit="relative RMS error") for n, e in errors.items()]
+    if errors:
+        worst = max(errors, key=lambda n: errors[n])
+        limit = thresholds.get("layer_error")
+        rows.append(Row(f"worst layer ({worst})", errors[worst], limit, unit="relative RMS error"))
+        middle = float(np.median(list(errors.values())))
+        rows.append(Row("median layer", middle, unit="relative RMS error"))
+    return rows
+
+
+def _relative(ours: Array, truth: Array, perm: str | None) -> float:
+    if perm:
+        ours = ours.transpose([int(p) for p in perm.split()])
+    ours, truth = ours.reshape(truth.shape).astype(np.float64), truth.astype(np.float64)
+    power = float(np.sqrt(np.mean(truth**2)))
+    return float(np.sqrt(np.mean((ours - truth) ** 2))) / (power or 1.0)
+
+
+def machine_feeds(machine: Machine, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """`feeds` of the source file as the lowered graph takes them (its KV memory starts empty)."""
+    wanted = {str(v.name) for v in machine.student.model.graph.inputs}
+    return {k: v for k, v in feeds.items() if k in wanted}
+
+
+def _language(
+    machine: Machine, lead: Drive, source: Path, batches: Sequence[Mapping[str, Array]],
+    thresholds: Mapping[str, float | None],
+) -> list[Row]:  # fmt: skip
+    """Perplexity ratio, KL and top-1 agreement over the windows."""
+    decoder, comparison = machine.decoder(), measure.Comparison()
+    with Oracle(source) as oracle:
+        for feeds in batches:
+            ids = feeds[lead.ids]
+            teacher = oracle.run(feeds)[lead.logits]
+            comparison.add(teacher, decoder.logits(ids), ids)
+    found = comparison.result()
+    teacher_losses, student_losses = (
+        np.concatenate(losses).mean(axis=1)
+        for losses in (comparison.teacher_losses, comparison.student_losses)
+    )
+    excess = measure.mean_estimate(student_losses - teacher_losses)
+    assert found.perplexity_teacher is not None
+    return [
+        Row("perplexity of ONNX Runtime", found.perplexity_teacher.value, unit="a token"),
+        _estimate("perplexity ratio", excess, thresholds.get("perplexity_ratio"), math.exp),
+        _estimate("excess", excess, None, unit="nats a token"),
+        _estimate("KL divergence", found.kl_mean, thresholds.get("kl"), unit="nats a token"),
+        _estimate("KL divergence, 99th percentile", found.kl_p99, None, unit="nats"),
+        _estimate("top-1 agreement", found.top1, thresholds.get("top1"), relation=">="),
+    ]
+
+
+def _estimate(
+    name: str, found: measure.Estimate, limit: float | None,
+    through: Callable[[float], float] = float, *, relation: str = "<=", unit: str = "",
+) -> Row:  # fmt: skip
+    low, high = (through(min(v, 700.0)) if math.isfinite(v) else None for v in (found.low, found.high))
+    return Row(name, through(found.value), limit, relation, unit, low, high)
+
+
+def _encoder(
+    machine: Machine, source: Path, batches: Sequence[Mapping[str, Array]],
+    thresholds: Mapping[str, float | None],
+) -> list[Row]:  # fmt: skip
+    """Cosine of every floating-point output's vectors, and rank correlation of similarities."""
+    pairs: dict[str, _Pair] = {}
+    with Oracle(source) as oracle:
+        for feeds in batches:
+            truth, ours = oracle.run(feeds), machine.run(machine_feeds(machine, feeds))
+            for name in _shared(truth, ours):
+                pairs.setdefault(name, _Pair()).add(truth[name], ours[name], feeds)
+    rows: list[Row] = []
+    for name, pair in pairs.items():
+        cosine = np.concatenate(pair.cosines)
+        rows += [
+            Row(f"{name}: mean cosine", float(cosine.mean()), thresholds.get("cosine"), ">="),
+            Row(f"{name}: 1st percentile of cosine", float(np.percentile(cosine, 1))),
+        ]
+        if len(pair.truth) >= 4:
+            rank = rank_correlation(np.stack(pair.truth), np.stack(pair.ours))
+            rows.append(Row(f"{name}: rank correlation", rank, thresholds.get("rank"), ">="))
+    return rows
+
+
+@dataclass
+class _Pair:
+    """One output of both: cosines by position, and pooled vectors by input."""
+
+    cosines: list[Array] = field(default_factory=list)
+    truth: list[Array] = field(default_factory=list)
+    ours: list[Array] = field(default_factory=list)
+
+    def add(self, truth: Array, ours: Array, feeds: Mapping[str, Array]) -> None:
+        """Adds outputs ``[B, …, D]`` of both; masked positions are left out."""
+        mask = next((v for k, v in feeds.items() if "mask" in k and v.ndim == 2), None)
+        for i in range(len(truth)):
+            a, b = truth[i].reshape(-1, truth.shape[-1]), ours[i].reshape(-1, ours.shape[-1])
+            if mask is not None and len(a) == mask.shape[1]:
+                a, b = a[mask[i] != 0], b[mask[i] != 0]
+            self.cosines.append(cosine(a, b))
+            self.truth.append(a.mean(axis=0))
+            self.ours.append(b.mean(axis=0))
+
+
+def _shared(truth: Mapping[str, Array], ours: Mapping[str, Array]) -> Iterator[str]:
+    for name, value in truth.items():
+        if name in ours and value.dtype.kind == "f" and value.ndim >= 2 and value.shape[-1] > 1:
+            yield name
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """Cosine of each row of ``a[N, D]`` with the same row of `b`, float64 ``[N]``."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(axis=1) / np.maximum(norms, 1e-300))
+
+
+def rank_correlation(truth: Array, ours: Array) -> float:
+    """Spearman's rho between the pairwise cosine similarities of the rows of both ``[N, D]``."""
+    from scipy.stats import spearmanr
+
+    upper = np.triu_indices(len(truth), 1)
+
+    def similarities(x: Array) -> Array:
+        unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)
+        return np.asarray((unit @ unit.T)[upper])
+
+    return float(spearmanr(similarities(truth), similarities(ours)).statistic)
