@@ -3,77 +3,37 @@
     python models/bard/train.py --corpus PATH/tinyshakespeare.txt --out DIR
 
 One CPU core, one thread, fixed seeds: the same versions on the same kind of machine give the same
-weights. The corpus is public domain text and is never stored here; only its sha256 is.
+weights. The corpus is public domain text and is never stored here; only its sha256 is. DIR gets the
+checkpoint and what export.py makes of it: `bard.toml` and `bard/`, laid out as on the shelf.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from evaluate import BOS_ID, CONTEXT, split
+from export import export
+from recipe import ARCHITECTURE, BOS, EOS, Recipe, read_corpus
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-BOS, EOS = "<s>", "</s>"
-BOS_ID, EOS_ID = 0, 1
-CONTEXT = 256  # tokens a window, the leading BOS included
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the weights, apart from the corpus and the library versions."""
-
-    seed: int = 1616
-    vocabulary: int = 1024
-    held_out_fraction: float = 0.1
-    batch: int = 8  # windows a step
-    steps: int = 8000
-    warmup: int = 200  # steps
-    peak_lr: float = 2e-3
-    final_lr: float = 2e-5
-    weight_decay: float = 0.1  # on matrices only
-    dropout: float = 0.15  # on the embedding and the residual branches
-    clip: float = 1.0  # largest gradient norm
-    evaluate_every: int = 400  # steps
-
-
-def read_corpus(path: Path) -> str:
-    """Return the text at `path` after checking that it is tinyshakespeare, byte for byte."""
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != CORPUS_SHA256:
-        raise SystemExit(
-            f"{path.name}: sha256 is {digest}, expected {CORPUS_SHA256}. The file wanted is "
-            "data/tinyshakespeare/input.txt of the char-rnn repository (karpathy/char-rnn)."
-        )
-    return data.decode("ascii")
-
-
-def split(text: str, held_out_fraction: float) -> tuple[str, str]:
-    """Cut `text` into (train, held out); the held-out part is the end of the file."""
-    cut = round(len(text) * (1 - held_out_fraction))
-    return text[:cut], text[cut:]
-
-
-def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
-    """Learn a byte-level BPE of `vocabulary` tokens that prepends BOS to what it encodes."""
+def train_tokenizer(text: str) -> Tokenizer:
+    """Learn a byte-level BPE that prepends BOS to what it encodes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=ARCHITECTURE["vocab_size"],
         special_tokens=[BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -90,22 +50,12 @@ def encode(tokenizer: Tokenizer, text: str) -> Tensor:
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def llama_config(vocabulary: int) -> LlamaConfig:
-    """Describe bard: 6 layers of width 128, 4 heads on 2 key/value heads, tied embeddings."""
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        attn_implementation="eager",  # on a CPU in bfloat16 faster than the fused kernel
-    )
+def new_model(recipe: Recipe) -> LlamaForCausalLM:
+    """Build the untrained model; in bfloat16 on a CPU eager attention beats the fused kernel."""
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE, attn_implementation="eager"))
+    add_dropout(model, recipe.dropout)
+    return model.train()
 
 
 def add_dropout(model: LlamaForCausalLM, probability: float) -> None:
@@ -208,45 +158,44 @@ def save_checkpoint(model: LlamaForCausalLM, path: Path) -> None:
 
 def train(train_tokens: Tensor, held_out: Tensor, recipe: Recipe, out: Path) -> None:
     """Train, keep in `out` the weights with the lowest held-out loss and what they cost."""
-    torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(llama_config(recipe.vocabulary)).train()
-    add_dropout(model, recipe.dropout)
+    model = new_model(recipe)
     optimizer = make_optimizer(model, recipe)
-    best, running, start = math.inf, 0.0, time.process_time()
+    best, losses, record, start = math.inf, [], {}, time.process_time()
     for step, targets in zip(range(recipe.steps), batches(train_tokens, recipe), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        running += float(train_step(model, optimizer, targets, recipe.clip))
+        losses.append(float(train_step(model, optimizer, targets, recipe.clip)))
         if (step + 1) % recipe.evaluate_every:
             continue
-        loss = held_out_loss(model, held_out)
-        cpu_s = time.process_time() - start
-        mean = running / recipe.evaluate_every
-        print(f"{step + 1} train {mean:.4f} held-out {loss:.4f} cpu {cpu_s:.0f} s", file=sys.stderr)
-        running = 0.0
+        loss, seen = held_out_loss(model, held_out), (step + 1) * targets.numel()
         if loss < best:
-            best = loss
+            best, record["tokens_to_best"] = loss, seen
             save_checkpoint(model, out / "checkpoint.safetensors")
-            record = {"best_step": step + 1, "tokens_to_best": (step + 1) * targets.numel()}
-        record |= {"tokens_seen": (step + 1) * targets.numel(), "cpu_s": round(cpu_s)}
+        record |= {"tokens_seen": seen, "cpu_s": round(time.process_time() - start)}
         (out / "training.json").write_text(json.dumps(record))
+        mean, losses = sum(losses) / len(losses), []
+        print(f"{step + 1} train {mean:.4f} held-out {loss:.4f} {record}", file=sys.stderr)
+
+
+def prepare(corpus: str, out: Path) -> tuple[Tensor, Tensor]:
+    """Train the tokenizer on the training text, save it, return (train, held-out) tokens."""
+    text, held_out = split(corpus)
+    tokenizer = train_tokenizer(text)
+    tokenizer.save(str(out / "tokenizer.json"))
+    return encode(tokenizer, text), encode(tokenizer, held_out)
 
 
 def main() -> None:
-    """Corpus in; tokenizer, config, checkpoint and training record out."""
+    """Corpus in; checkpoint, training record and everything of the shelf out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, required=True, help="folder for what is made")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    recipe, out = Recipe(), arguments.out
-    os.makedirs(out, exist_ok=True)
-    text, held_out_text = split(read_corpus(arguments.corpus), recipe.held_out_fraction)
-    tokenizer = train_tokenizer(text, recipe.vocabulary)
-    tokenizer.save(str(out / "tokenizer.json"))
-    train_tokens, held_out = encode(tokenizer, text), encode(tokenizer, held_out_text)
-    print(f"{len(train_tokens)} train, {len(held_out)} held-out tokens", file=sys.stderr)
-    train(train_tokens, held_out, recipe, out)
+    corpus, out = read_corpus(arguments.corpus), arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    train(*prepare(corpus, out), Recipe(), out)
+    export(out, corpus)
 
 
 if __name__ == "__main__":
