@@ -17,18 +17,24 @@ HOUSE = ROOT / "pfmc"
 
 FLOORS = [
     {"errors", "quantity", "library", "__init__"},
-    {"ir", "netlist", "hardware", "technology", "noise", "rounding", "cost", "artifact"},
+    {
+        "ir", "netlist", "hardware", "technology", "noise", "noise_laws", "rounding", "cost",
+        "artifact",
+    },
     {"ingest", "targets", "distill", "report"},
     {"passes"},
-    {"oracle", "verify", "compile", "simulate", "inspect_model"},
+    {"oracle", "store", "lowered", "simulate", "verify", "compile", "inspect_model"},
     {"compare", "explore"},
     {"cli", "__main__"},
 ]
 ONLY_IN = {
     "onnx": {"ingest"},
     "onnxruntime": {"oracle"},
-    "onnx_ir": {"ingest", "ir", "passes", "distill", "compile", "verify", "targets"},
-    "torch": {"distill", "targets", "simulate", "verify"},
+    "onnx_ir": {
+        "ingest", "ir", "passes", "distill", "targets", "lowered", "compile", "simulate", "verify",
+        "inspect_model",
+    },
+    "torch": {"distill", "targets", "simulate"},
 }
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "scipy", "pyarrow")
 

@@ -1,1 +1,1 @@
-
+"""Running a model in torch, at any stage: simulation, calibration data, generation, comparison."""

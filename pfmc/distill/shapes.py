@@ -1,0 +1,174 @@
+"""Finds every value's shape by running the model twice on tiny inputs with weights of no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from pfmc.errors import InputError, PfmcError
+from pfmc.ir import meaning, vocabulary
+from pfmc.ir.probe import ShapeProbe
+
+PROBES = ((3, 5), (5, 9))
+"""(positions computed, positions in the KV memory) of the two runs; past is 0 without KV inputs."""
+
+SIDES = (224, 32, 30, 64, 16, 28, 48, 96, 128, 256, 384, 336, 448, 512)
+"""Image sides tried, in order, where an image input has no fixed size."""
+
+_LARGE = 1 << 20
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class _Run:
+    positions: int
+    past: int
+    side: int
+
+
+def probe_shapes(model: ir.Model) -> dict[str, tuple[ShapeProbe, ...]]:
+    """The shapes of every value of `model` at two lengths, by value name.
+
+    Fixed linears yield zeros of the right shape, and constants over 1 MiB are zeros that take no
+    memory, so a model of any size is probed in milliseconds per node.
+
+    Raises:
+        InputError: a run failed; the message names the node.
+    """
+    runs = [_run(model, *_lengths(model, s, p)) for s, p in PROBES]
+    return {name: (runs[0][name], runs[1][name]) for name in runs[0]}
+
+
+def _lengths(model: ir.Model, positions: int, past: int) -> tuple[int, int]:
+    """Positions and past of a run: the given ones, except where an input fixes its own."""
+    memory = [v for v in model.graph.inputs if _is_memory(v)]
+    others = [v for v in model.graph.inputs if not _is_memory(v) and "mask" not in str(v.name)]
+    fixed = [_dims(v)[1] for v in others if len(_dims(v)) in (2, 3)]
+    fixed_past = [_dims(v)[2] for v in memory if len(_dims(v)) == 4]
+    for length in fixed:
+        positions = length if isinstance(length, int) else positions
+    for length in fixed_past:
+        past = length if isinstance(length, int) else past
+    return positions, past if memory else 0
+
+
+def _run(model: ir.Model, positions: int, past: int) -> dict[str, ShapeProbe]:
+    sides = SIDES if any(_is_image(v) for v in model.graph.inputs) else SIDES[:1]
+    failure: PfmcError | None = None
+    for side in sides:
+        try:
+            return _shapes(model, _Run(positions, past, side))
+        except PfmcError as error:
+            failure = failure or error
+    raise failure or InputError("the model has no inputs")
+
+
+def _is_memory(value: ir.Value) -> bool:
+    return "past" in str(value.name) and len(_dims(value)) == 4
+
+
+def _is_image(value: ir.Value) -> bool:
+    """Whether the value is an image of no fixed size: 4-D, real, and not KV memory."""
+    dims = _dims(value)
+    return len(dims) == 4 and not _is_memory(value) and not isinstance(dims[-1], int)
+
+
+def _dims(value: ir.Value) -> list[int | str | None]:
+    if value.shape is None:
+        raise InputError("a graph input has no shape", where=str(value.name))
+    sizes = [d if isinstance(d, int) else d.value for d in value.shape]
+    return [int(d) if isinstance(d, str) and d.isdecimal() else d for d in sizes]
+
+
+def _feed(value: ir.Value, run: _Run) -> Array:
+    """A graph input of the run's size: zeros, ones for masks, counting up for positions."""
+    name = str(value.name)
+    shape = tuple(
+        d if isinstance(d, int) else _length(value, axis, run)
+        for axis, d in enumerate(_dims(value))
+    )
+    dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
+    if "mask" in name:
+        return np.ones(shape, dtype)
+    if "position" in name and dtype.kind == "i":
+        return np.broadcast_to(np.arange(shape[-1], dtype=dtype) + run.past, shape)
+    return np.zeros(shape, dtype)
+
+
+def _length(value: ir.Value, axis: int, run: _Run) -> int:
+    if axis == 0:
+        return 1
+    if _is_image(value):
+        return 3 if axis == 1 else run.side
+    if _is_memory(value):
+        return run.past
+    return run.past + run.positions if "mask" in str(value.name) else run.positions
+
+
+def _constant(value: ir.Value) -> Array:
+    tensor = value.const_value
+    assert tensor is not None
+    if tensor.nbytes <= _LARGE:
+        return np.asarray(tensor.numpy())
+    shape = tuple(int(d) for d in tensor.shape.numpy())
+    return np.broadcast_to(np.zeros((), tensor.dtype.numpy()), shape)
+
+
+def _shapes(model: ir.Model, run: _Run) -> dict[str, ShapeProbe]:
+    arrays: dict[ir.Value, Array] = {v: _feed(v, run) for v in model.graph.inputs}
+    last = _last_uses(model)
+    found = {str(v.name): _probe(a, run) for v, a in arrays.items()}
+    for index, node in enumerate(model.graph):
+        outputs = _outputs(node, arrays)
+        for value, array in zip(node.outputs, outputs, strict=False):
+            arrays[value] = array
+            found[str(value.name)] = _probe(array, run)
+        for value in last.get(index, ()):
+            arrays.pop(value, None)
+    return found
+
+
+def _last_uses(model: ir.Model) -> Mapping[int, Iterable[ir.Value]]:
+    last: dict[ir.Value, int] = {}
+    for index, node in enumerate(model.graph):
+        last.update({v: index for v in node.inputs if v is not None})
+    ends: dict[int, list[ir.Value]] = {}
+    for value, index in last.items():
+        ends.setdefault(index, []).append(value)
+    return ends
+
+
+def _probe(array: Array, run: _Run) -> ShapeProbe:
+    kind = array.dtype
+    name = kind.name if kind.kind in "iubf" else f"float {kind.name}"
+    return ShapeProbe(tuple(array.shape), name, run.positions, run.past + run.positions)
+
+
+def _outputs(node: ir.Node, arrays: Mapping[ir.Value, Array]) -> tuple[Array, ...]:
+    inputs = [None if v is None else _value(v, arrays) for v in node.inputs]
+    if node.domain == vocabulary.DOMAIN and node.op_type in vocabulary.LINEARS:
+        x, weight = inputs[0], inputs[1]
+        assert x is not None
+        assert weight is not None
+        return (np.broadcast_to(np.zeros((), x.dtype), (*x.shape[:-1], weight.shape[1])),)
+    try:
+        with np.errstate(all="ignore"):
+            return tuple(np.asarray(a) for a in meaning.compile_node(node)(inputs))
+    except (ValueError, IndexError, TypeError) as error:
+        shapes = [None if a is None else a.shape for a in inputs]
+        raise InputError(
+            f"{node.op_type} does not run on shapes {shapes}: {error}", where=str(node.name)
+        ) from error
+
+
+def _value(value: ir.Value, arrays: Mapping[ir.Value, Array]) -> Array:
+    if value in arrays:
+        return arrays[value]
+    if value.const_value is not None:
+        return _constant(value)
+    raise InputError("a value is read before it is made", where=str(value.name))

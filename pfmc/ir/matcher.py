@@ -1,0 +1,446 @@
+"""Finding patterns in a graph: indexed by operator, commutative, careful about other readers.
+
+A pattern is a small tree of `Var`, `Scalar`, `Constant`, `Op` and `Either`, written in the order
+of the graph. `find` walks the nodes of the root's operator only, so a rule costs time linear in
+their number. Identity, and Cast to the type its input already has, are looked through.
+
+    >>> silu = Op("Mul", (Var("x"), Op("Sigmoid", (Var("x"),))))
+    >>> [m["x"].name for m in find(graph, silu)]            # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from pfmc.ir import provenance, vocabulary
+
+COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Max", "Min", "Equal"})
+
+Array: TypeAlias = npt.NDArray[Any]
+Bindings: TypeAlias = dict[str, ir.Value]
+
+
+@dataclass(frozen=True)
+class Var:
+    """Any value, called `name`; the same name twice means the same value."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant of any shape, called `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A constant of one element; `value` if given must equal it to a relative 1e-4."""
+
+    value: float | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """A node: operator, inputs, and attributes that must be equal.
+
+    Attributes:
+        op_type: operator of domain `domain`.
+        inputs: patterns of the inputs; more inputs may follow in the graph only if `more`.
+        name: binds the node's first output.
+        attributes: name -> value it must have (absent attributes count as unequal).
+        shared: whether other nodes may read this node's output too.
+        output: which output of the node the pattern reads.
+    """
+
+    op_type: str
+    inputs: tuple[Pattern, ...]
+    name: str = ""
+    attributes: tuple[tuple[str, object], ...] = ()
+    shared: bool = False
+    more: bool = False
+    domain: str = ""
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Either:
+    """The first of several patterns that leads to a match."""
+
+    choices: tuple[Pattern, ...]
+
+
+Pattern: TypeAlias = "Var | Constant | Scalar | Op | Either"
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a pattern fits.
+
+    Attributes:
+        root: the node whose output the pattern describes.
+        values: pattern name -> value.
+        nodes: the matched nodes, root included, and the nodes looked through.
+        private: the matched nodes whose outputs nobody else may read.
+    """
+
+    root: ir.Node
+    values: Mapping[str, ir.Value]
+    nodes: tuple[ir.Node, ...]
+    private: tuple[ir.Node, ...] = field(repr=False, default=())
+
+    def __getitem__(self, name: str) -> ir.Value:
+        return self.values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    @property
+    def output(self) -> ir.Value:
+        """The root's first output."""
+        return self.root.outputs[0]
+
+
+# ---------------------------------------------------------------- reading values
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The array behind `value` if it is an initialiser that is not also a graph input."""
+    source = see_through(value)
+    if source is None or source.const_value is None or source.is_graph_input():
+        return None
+    return source.const_value.numpy()
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether `value` is an initialiser that is not also a graph input; reads no data."""
+    source = see_through(value)
+    return source is not None and source.const_value is not None and not source.is_graph_input()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number behind `value` if it is a constant of one element."""
+    source = see_through(value)
+    if source is None or source.const_value is None or source.is_graph_input():
+        return None
+    if source.const_value.size != 1:
+        return None
+    return float(np.asarray(source.const_value.numpy()).reshape(()))
+
+
+def integers(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The integers behind `value` if it is a constant of at most 64 of them."""
+    source = see_through(value)
+    if source is None or source.const_value is None or source.is_graph_input():
+        return None
+    tensor = source.const_value
+    if tensor.size > 64 or not tensor.dtype.is_integer():
+        return None
+    return tuple(int(i) for i in np.asarray(tensor.numpy()).reshape(-1))
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The value of attribute `name`, else `default`."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def _is_transparent(node: ir.Node) -> bool:
+    if vocabulary.is_op(node, "Identity"):
+        return True
+    if not vocabulary.is_op(node, "Cast") or node.inputs[0] is None:
+        return False
+    return node.inputs[0].dtype is not None and attribute(node, "to") == node.inputs[0].dtype
+
+
+def see_through(value: ir.Value | None) -> ir.Value | None:
+    """`value`, or the value that Identity and same-type Cast made it of."""
+    while value is not None:
+        node = value.producer()
+        if node is None or not _is_transparent(node):
+            return value
+        value = node.inputs[0]
+    return None
+
+
+def producer(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:
+    """The node that makes `value` (looking through Identity) if it is an `op_type`."""
+    source = see_through(value)
+    node = source.producer() if source is not None else None
+    return node if node is not None and vocabulary.is_op(node, op_type, domain) else None
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """The number of dimensions of `value` if it is known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def static_dim(value: ir.Value | None, axis: int) -> int | None:
+    """The length of `axis` of `value` if it is known and fixed."""
+    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    length = value.shape[axis]
+    return length if isinstance(length, int) else None
+
+
+# ---------------------------------------------------------------- matching
+
+_State: TypeAlias = tuple[Bindings, tuple[ir.Node, ...], tuple[ir.Node, ...]]
+
+
+def _bind(name: str, value: ir.Value, state: _State) -> Iterator[_State]:
+    bindings, nodes, private = state
+    if not name:
+        yield state
+    elif name not in bindings:
+        yield {**bindings, name: value}, nodes, private
+    elif bindings[name] is value:
+        yield state
+
+
+def _match(pattern: Pattern, value: ir.Value | None, state: _State) -> Iterator[_State]:
+    if value is None:
+        return
+    if isinstance(pattern, Either):
+        for choice in pattern.choices:
+            yield from _match(choice, value, state)
+        return
+    source = see_through(value)
+    if source is None:
+        return
+    if isinstance(pattern, Var):
+        yield from _bind(pattern.name, source, state)
+    elif isinstance(pattern, Constant):
+        if is_constant(source):
+            yield from _bind(pattern.name, source, state)
+    elif isinstance(pattern, Scalar):
+        if _scalar_fits(pattern, source):
+            yield from _bind(pattern.name, source, state)
+    else:
+        yield from _match_op(pattern, value, source, state)
+
+
+def _scalar_fits(pattern: Scalar, value: ir.Value) -> bool:
+    number = scalar(value)
+    if number is None:
+        return False
+    return pattern.value is None or bool(np.isclose(number, pattern.value, rtol=1e-4, atol=0.0))
+
+
+def _between(value: ir.Value, source: ir.Value) -> tuple[ir.Node, ...]:
+    """The nodes looked through from `value` back to `source`."""
+    passed: list[ir.Node] = []
+    while value is not source:
+        node = value.producer()
+        assert node is not None and node.inputs[0] is not None
+        passed.append(node)
+        value = node.inputs[0]
+    return tuple(passed)
+
+
+def _match_op(pattern: Op, value: ir.Value, source: ir.Value, state: _State) -> Iterator[_State]:
+    node = source.producer()
+    if node is None or source.index() != pattern.output:
+        return
+    bindings, nodes, private = state
+    passed = _between(value, source)
+    mine = () if pattern.shared else (node, *passed)
+    inner = bindings, (*nodes, node, *passed), (*private, *mine)
+    yield from _match_node(pattern, node, inner)
+
+
+def _match_node(pattern: Op, node: ir.Node, state: _State) -> Iterator[_State]:
+    if not vocabulary.is_op(node, pattern.op_type, pattern.domain):
+        return
+    if any(attribute(node, key) != wanted for key, wanted in pattern.attributes):
+        return
+    inputs = tuple(node.inputs)
+    count = len(pattern.inputs)
+    if len(inputs) < count or (len(inputs) > count and not pattern.more):
+        return
+    orders = [inputs]
+    if pattern.op_type in COMMUTATIVE and count == 2:
+        orders.append((inputs[1], inputs[0]))
+    for order in orders:
+        for found in _match_all(pattern.inputs, order, state):
+            yield from _bind(pattern.name, node.outputs[pattern.output], found)
+
+
+def _match_all(
+    patterns: Sequence[Pattern], values: Sequence[ir.Value | None], state: _State
+) -> Iterator[_State]:
+    if not patterns:
+        yield state
+        return
+    for found in _match(patterns[0], values[0], state):
+        yield from _match_all(patterns[1:], values[1:], found)
+
+
+def match(pattern: Op, node: ir.Node) -> Match | None:
+    """The first way in which `pattern` fits at `node` with no foreign reader inside."""
+    for bindings, nodes, private in _match_node(pattern, node, ({}, (), ())):
+        found = Match(node, bindings, (node, *nodes), private)
+        if not foreign_readers(found):
+            return found
+    return None
+
+
+def foreign_readers(found: Match) -> list[ir.Value]:
+    """The inner values of a match that other nodes, or the graph's outputs, read."""
+    members = set(found.nodes)
+    return [
+        value
+        for node in found.private
+        for value in node.outputs
+        if value.is_graph_output() or any(use.node not in members for use in value.uses())
+    ]
+
+
+def index(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """The nodes of `graph` by operator, each list in graph order."""
+    table: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        table.setdefault(node.op_type, []).append(node)
+    return table
+
+
+def find(graph: ir.Graph, pattern: Op) -> Iterator[Match]:
+    """Every match of `pattern`, in graph order; the graph may be rewritten between two."""
+    for node in [n for n in graph if vocabulary.is_op(n, pattern.op_type, pattern.domain)]:
+        if node.graph is graph and (found := match(pattern, node)) is not None:
+            yield found
+
+
+# ---------------------------------------------------------------- rewriting
+
+
+def add_initialiser(
+    graph: ir.Graph, name: str, tensor: ir.TensorProtocol, metadata: Mapping[str, str] | None = None
+) -> ir.Value:
+    """Adds a constant under `name`, or under ``name.1``, ``name.2`` … if that is taken."""
+    unique, number = name, 0
+    while unique in graph.initializers:
+        number += 1
+        unique = f"{name}.{number}"
+    value = ir.Value(name=unique, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+    value.const_value = tensor
+    value.metadata_props.update(metadata or {})
+    graph.register_initializer(value)
+    return value
+
+
+def add_array(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """Adds a small constant array, float32 or int64, under a name made unique."""
+    return add_initialiser(graph, name, ir.tensor(np.asarray(array)))
+
+
+def replace(found: Match, new: Sequence[ir.Node], output: ir.Value | None = None) -> None:
+    """Puts the nodes `new` where the match's root stood; see `substitute`."""
+    substitute(found.root, found.nodes, new, found.output, output)
+
+
+def substitute(
+    at: ir.Node,
+    old: Iterable[ir.Node],
+    new: Sequence[ir.Node],
+    output: ir.Value,
+    by: ir.Value | None = None,
+) -> None:
+    """Inserts `new` before `at`, lets `by` take the place and the name of `output`, drops `old`.
+
+    `by` is the first output of the last new node if it is not given. Of the nodes `old` those
+    that nobody reads any more are removed. Metadata of the old nodes goes to the new ones.
+    """
+    graph = at.graph
+    assert graph is not None
+    members = list(dict.fromkeys([at, *old]))
+    for node in new:
+        inherit(node, members, at)
+        for value in node.outputs:
+            value.name = value.name or unique_name(graph, f"{output.name}:{node.op_type}")
+    graph.insert_before(at, list(new))
+    by = new[-1].outputs[0] if by is None else by
+    take_place(graph, output, by)
+    remove_dead(graph, members)
+
+
+def take_place(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Gives the readers, the name, the type and the metadata of `old` to `new`."""
+    name = old.name
+    new.shape = new.shape if new.shape is not None else old.shape
+    new.type = new.type if new.type is not None else old.type
+    new.metadata_props.update(old.metadata_props)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name = unique_name(graph, f"{name}:old")
+    new.name = name
+
+
+_NAMES = "pfmc.names"
+
+
+def unique_name(graph: ir.Graph, stem: str) -> str:
+    """`stem`, or ``stem.1``, ``stem.2`` …: a name no value of `graph` had when it was first asked.
+
+    onnx_ir's own generated names may fall upon initialisers, so every new value is named here.
+    The stem must hold a ``:``, which keeps it apart from the names that onnx_ir generates.
+    """
+    taken: set[str] | None = graph.meta.get(_NAMES)
+    if taken is None:
+        taken = {str(v.name) for v in (*graph.inputs, *graph.initializers.values())}
+        taken.update(str(v.name) for node in graph for v in node.outputs)
+        graph.meta[_NAMES] = taken
+    name, number = stem, 0
+    while name in taken:
+        number += 1
+        name = f"{stem}.{number}"
+    taken.add(name)
+    return name
+
+
+def inherit(node: ir.Node, old: Sequence[ir.Node], root: ir.Node) -> None:
+    """Gives `node` the union of the sources of `old`, and the scope and other metadata of `root`."""
+    for key, text in root.metadata_props.items():
+        if key != vocabulary.KEY_SOURCE:
+            node.metadata_props.setdefault(key, text)
+    provenance.union_sources(node, old)
+
+
+def remove_dead(graph: ir.Graph, nodes: Iterable[ir.Node]) -> int:
+    """Removes those of `nodes`, and then of their ancestors, whose outputs nobody reads."""
+    queue, removed = list(nodes), 0
+    while queue:
+        node = queue.pop()
+        if node.graph is not graph or any(_is_read(v) for v in node.outputs):
+            continue
+        parents = [v.producer() for v in node.inputs if v is not None]
+        graph.remove(node, safe=True)
+        removed += 1
+        queue.extend(p for p in parents if p is not None)
+    return removed
+
+
+def _is_read(value: ir.Value) -> bool:
+    return value.is_graph_output() or bool(value.uses())
+
+
+def fresh(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    domain: str = "",
+    outputs: int = 1,
+    name: str | None = None,
+) -> ir.Node:
+    """A new node whose outputs inherit nothing; names are given when it is inserted."""
+    return ir.node(
+        op_type, inputs, attributes or {}, domain=domain, num_outputs=outputs, name=name
+    )

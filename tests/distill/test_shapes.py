@@ -1,0 +1,88 @@
+"""Probed shapes against ONNX Runtime's own, and on files as users have them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pfmc.distill.shapes import PROBES, probe_shapes
+from pfmc.errors import InputError
+
+ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
+FILES = ("llama__t_kv", "llama__h_gen__decode", "gpt2__t_dyn", "bert__ts", "vit__h_dyn")
+needs_zoo = pytest.mark.skipif(not ZOO.is_dir(), reason="needs the zoo beside the repository")
+
+
+@needs_zoo
+@pytest.mark.parametrize("name", FILES)
+def test_shapes_equal_onnx_runtime(name: str) -> None:
+    import onnxruntime as ort
+
+    path = ZOO / f"{name}.onnx"
+    probes = probe_shapes(ir.load(path))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    for run in range(len(PROBES)):
+        feeds = {}
+        for value in session.get_inputs():
+            dtype = np.int64 if "int64" in value.type else np.float32
+            feeds[value.name] = np.zeros(probes[value.name][run].shape, dtype)
+        outputs = session.run(None, feeds)
+        for value, array in zip(session.get_outputs(), outputs, strict=True):
+            assert probes[value.name][run].shape == array.shape
+            assert probes[value.name][run].floating == (array.dtype == np.float32)
+
+
+def _linear(rows: int, cols: int) -> ir.Model:
+    """A fixed linear whose weight is one number seen as a matrix: no memory."""
+    wide = np.broadcast_to(np.zeros((), np.float32), (rows, cols))
+    weight = ir.Value(name="w", const_value=ir.Tensor(wide, name="w"))
+    bias = ir.Value(name="b", const_value=ir.tensor(np.zeros(cols, np.float32), name="b"))
+    x = ir.Value(name="x", shape=ir.Shape(["batch", "seq", rows]),
+                 type=ir.TensorType(ir.DataType.FLOAT))  # fmt: skip
+    node = ir.node("FixedLinear", [x, weight, bias], domain="pfmc", name="l",
+                   outputs=[ir.Value(name="y")])  # fmt: skip
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight, bias],
+                     opset_imports={"": 24}, name="g")  # fmt: skip
+    return ir.Model(graph, ir_version=11)
+
+
+def test_large_weights_take_no_time() -> None:
+    start = time.process_time()
+    probes = probe_shapes(_linear(100_000, 200_000))
+    assert probes["y"][0].shape == (1, 3, 200_000)
+    assert probes["y"][1].shape == (1, 5, 200_000)
+    assert (probes["y"][1].positions, probes["y"][1].context) == (5, 5)
+    assert time.process_time() - start < 0.5
+
+
+def test_memory_lengths_and_contexts() -> None:
+    if not ZOO.is_dir():
+        pytest.skip("needs the zoo beside the repository")
+    probes = probe_shapes(ir.load(ZOO / "llama__t_kv.onnx"))
+    assert [p.context for p in probes["input_ids"]] == [6, 10]
+    assert [p.positions for p in probes["input_ids"]] == [1, 1]
+
+
+def test_a_failing_run_names_the_node() -> None:
+    model = _linear(4, 5)
+    model.graph.append(
+        ir.node(
+            "Add",
+            [model.graph[0].outputs[0], _constant()],
+            name="bad",
+            outputs=[ir.Value(name="z")],
+        )
+    )
+    with pytest.raises(InputError, match="does not run on shapes") as error:
+        probe_shapes(model)
+    assert "bad" in str(error.value)
+
+
+def _constant() -> ir.Value:
+    return ir.Value(name="c", const_value=ir.tensor(np.zeros((7, 7), np.float32), name="c"))
