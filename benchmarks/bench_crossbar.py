@@ -5,8 +5,9 @@
 CPU time of the process, the least of `runs` rounds; rounds alternate between the modules, so that a
 busy machine disturbs all alike. ``linear`` is one 1024 x 1024 layer on a batch of 128 vectors;
 ``block`` is the fixed linears of a decoder block of width 256 (four 256 x 256, 256 x 1024 twice,
-1024 x 256) on 512 positions with SiLU between, nothing else. ``train`` is forward and backward with
-gradients of the inputs. ``--lightning`` adds aihwkit-lightning (256 inputs a tile, no device noise).
+1024 x 256) on 512 positions with SiLU between, nothing else. ``train`` is forward and backward,
+with gradients of the inputs alone: weights are frozen everywhere. ``--lightning`` adds
+aihwkit-lightning (tiles of 256 inputs, no device noise).
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def main() -> None:
         "block": (Block, (512, 256)),
     }
     for case, (build, shape) in cases.items():
-        modules = {name: build(make) for name, make in makers.items()}
+        modules = {name: build(make).requires_grad_(False) for name, make in makers.items()}
         for mode in ("eval", "train"):
             x = torch.randn(shape)
             steps = {n: step(m, x.clone(), mode == "train") for n, m in modules.items()}

@@ -95,11 +95,7 @@ def _tensors(linear: FixedLinear, tiled: TiledLinear) -> dict[str, Array]:
     codes = linear.matrix.codes
     packed: Array = pack_int4(codes) if linear.matrix.bits <= 4 else np.ascontiguousarray(codes)
     bias = linear.bias if linear.bias is not None else np.zeros(linear.outputs, np.float32)
-    own = {"codes": packed, "scale": linear.matrix.scale, "bias": bias}
-    clash = own.keys() & tiled.tensors.keys()
-    if clash:
-        raise ValueError(f"a target's tensors may not be called {sorted(clash)}")
-    return {**own, **tiled.tensors}
+    return {**tiled.tensors, "codes": packed, "scale": linear.matrix.scale, "bias": bias}
 
 
 def _safetensors(tensors: Mapping[str, Array], name: str) -> bytes:

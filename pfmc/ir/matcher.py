@@ -312,11 +312,24 @@ def index(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     return table
 
 
-def find(graph: ir.Graph, pattern: Op) -> Iterator[Match]:
-    """Every match of `pattern`, in graph order; the graph may be rewritten between two."""
-    for node in [n for n in graph if vocabulary.is_op(n, pattern.op_type, pattern.domain)]:
-        if node.graph is graph and (found := match(pattern, node)) is not None:
-            yield found
+def find(graph: ir.Graph, *patterns: Op) -> Iterator[Match]:
+    """Every match of one of `patterns`, in graph order; the graph may be rewritten between two."""
+    table = index(graph)
+    roots: dict[str, list[Op]] = {}
+    for pattern in patterns:
+        roots.setdefault(pattern.op_type, []).append(pattern)
+    for op_type, choices in roots.items():
+        for node in table.get(op_type, ()):
+            found = _first_match(graph, node, choices)
+            if found is not None:
+                yield found
+
+
+def _first_match(graph: ir.Graph, node: ir.Node, patterns: Sequence[Op]) -> Match | None:
+    if node.graph is not graph:
+        return None
+    matches = (match(p, node) for p in patterns if vocabulary.is_op(node, p.op_type, p.domain))
+    return next((found for found in matches if found is not None), None)
 
 
 # ---------------------------------------------------------------- rewriting

@@ -1,0 +1,345 @@
+"""The road from a model file to an artifact, as one readable function: `compile_model`.
+
+This is the only place where passes meet targets: it asks the target for its limits, hands them to
+the passes, and hands the target each fixed linear in turn. One layer stands in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+import pfmc
+from pfmc import ingest, lowered, store, technology
+from pfmc.artifact import FileEntry, Manifest, Writer, canonical_json
+from pfmc.distill.shapes import probe_shapes
+from pfmc.errors import UsageError, did_you_mean
+from pfmc.hardware import FabricOp, LayerStatistics
+from pfmc.ir import vocabulary
+from pfmc.passes import pipeline
+from pfmc.passes import recipe as recipes
+from pfmc.passes.base import Context
+from pfmc.passes.pipeline import Outcome
+from pfmc.passes.quantise import Quantise, linear_record
+from pfmc.store import LayerRecord
+from pfmc.targets import get
+from pfmc.targets.base import Target
+from pfmc.targets.fabric.assemble import assemble
+from pfmc.targets.fabric.work import fabric_ops
+from pfmc.technology import Technology
+
+if TYPE_CHECKING:
+    from pfmc.ingest import Loaded
+    from pfmc.passes.recipe import Recipe
+
+Progress = Callable[[str], None]
+PHASES = ("ingest", "canonical", "quantised", "lowered")
+
+
+def _silent(_: str) -> None:
+    """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose; see `compile_model`."""
+
+    target: str
+    recipe: str | None = None
+    settings: tuple[str, ...] = ()
+    seed: int = 0
+    jobs: int = 1
+    context: int | None = None
+    text: Path | None = None
+    inputs: Path | None = None
+    tokenizer: Path | None = None
+    trust_root: Path | None = None
+    dump_ir: Path | None = None
+    stop_after: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A finished compile.
+
+    Attributes:
+        path: the artifact; None if the compile was stopped after a phase.
+        report: the body of ``report/report.json``.
+        timing_s: CPU seconds by phase.
+        resumed: layers taken over from an earlier, interrupted run.
+        model: the model as far as it came.
+    """
+
+    path: Path | None
+    report: dict[str, Any]
+    timing_s: dict[str, float]
+    resumed: int
+    model: ir.Model | None = None
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{k}</td><td>{m['typical']:.4g}</td><td>{m['unit']}</td></tr>"
+            for k, m in self.report.get("cost", {}).get("metrics", {}).items()
+        )
+        return f"<table>{rows}</table>"
+
+
+@dataclass
+class _Clock:
+    """CPU seconds spent by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    progress: Progress = _silent
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.progress(name)
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
+
+
+def compile_model(
+    model: str | Path, out: str | Path | None = None, *,
+    options: Options | None = None, progress: Progress = _silent, **choices: Any,
+) -> Compilation:  # fmt: skip
+    """Compiles `model` to fixed hardware.
+
+    Args:
+        model: an ONNX file.
+        out: the artifact to write; by default ``<model>-<target>.pfm`` in the current folder.
+        options: what to do; or give its fields as keywords, e.g. ``target="rom"``.
+        progress: takes one line at a time.
+
+    Returns:
+        the finished compile; the same input, options and seed give the same bytes.
+
+    Raises:
+        PfmcError: with an exit code; nothing half-written is left that looks finished.
+    """
+    options = options or Options(**choices)
+    clock = _Clock(progress=progress)
+    tech = technology.load(options.target)
+    target = get(tech.kind)
+    target.check(tech)
+    plan = recipes.load(options.recipe or recipes.default_recipe(tech.kind), options.settings)
+    with clock.phase("ingest"):
+        loaded = ingest.load(model, trust_root=options.trust_root)
+    job = _Job(loaded, tech, target, plan, options, clock)
+    if options.stop_after:
+        return _stopped(job, options.stop_after)
+    place = Path(out) if out else Path(f"{loaded.path.stem}-{tech.name}.pfm")
+    with Writer(place, force=options.force) as writer, _one_thread():
+        if finished := writer.current(job.request):
+            return _up_to_date(finished, clock)
+        return _compile_into(job, writer)
+
+
+@dataclass(frozen=True)
+class _Job:
+    loaded: Loaded
+    tech: Technology
+    target: Target
+    plan: Recipe
+    options: Options
+    clock: _Clock
+
+    def config(self) -> dict[str, Any]:
+        """Everything that affects the result, without paths."""
+        o = self.options
+        return {
+            "pfmc": pfmc.__version__,
+            "inputs": {f.path.name: f.sha256 for f in self.loaded.files},
+            "target": self.tech.name,
+            "technology_sha256": self.tech.digest(),
+            "recipe": self.plan.canonical(),
+            "seed": o.seed,
+            "context": self.context,
+            "text_sha256": _digest(o.text),
+            "calibration_sha256": _digest(o.inputs),
+            "tokenizer_sha256": _digest(self.tokenizer),
+        }
+
+    @property
+    def request(self) -> str:
+        """sha256 of `config`."""
+        return hashlib.sha256(canonical_json(self.config())).hexdigest()
+
+    @property
+    def context(self) -> int:
+        return self.options.context or self.plan.workload.context
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer given, or the one beside the model."""
+        if self.options.tokenizer:
+            if not self.options.tokenizer.is_file():
+                raise UsageError("there is no such tokenizer", where=str(self.options.tokenizer))
+            return self.options.tokenizer
+        beside = self.loaded.path.parent / "tokenizer.json"
+        return beside if beside.is_file() else None
+
+
+def _digest(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UsageError("there is no such file", where=str(path))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One BLAS thread: sums come out in one order, so the same bytes come out everywhere."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
+
+
+def _compile_into(job: _Job, writer: Writer) -> Compilation:
+    model, statistics, notes = _quantised(job)
+    with job.clock.phase("lower"):
+        records, resumed = _lower(job, writer, model, statistics)
+    with job.clock.phase("assemble"):
+        ops = fabric_ops(model, probe_shapes(model))
+        report = lowered.report(job.target, job.tech, model, records, ops, job.context, notes)
+        _write_rest(job, writer, model, records, ops, report)
+    with job.clock.phase("commit"):
+        manifest = writer.commit({"config": job.config(), "request_sha256": job.request})
+    return Compilation(manifest.path, report, job.clock.seconds, resumed, model)
+
+
+def _canonical(job: _Job) -> tuple[ir.Model, dict[str, Any]]:
+    """The model after the recipe's passes, and what each pass did."""
+    settings = pipeline.Settings(dump=job.options.dump_ir)
+    context = Context(
+        limits=job.target.limits(job.tech), seed=job.options.seed, progress=job.clock.progress
+    )
+    with job.clock.phase("canonical"):
+        outcome = pipeline.canonicalise(job.loaded.model, job.plan.passes, context, settings)
+    return outcome.model, _notes(outcome)
+
+
+def _notes(outcome: Outcome) -> dict[str, Any]:
+    return {step.label: step.report() for step in outcome.steps}
+
+
+def _quantised(job: _Job) -> tuple[ir.Model, Mapping[str, LayerStatistics], dict[str, Any]]:
+    """The model with number formats, the calibration statistics, and what each pass did."""
+    model, notes = _canonical(job)
+    with job.clock.phase("calibrate"):
+        statistics = _calibrate(job, model)
+    context = Context(
+        limits=job.target.limits(job.tech), seed=job.options.seed, statistics=statistics,
+        progress=job.clock.progress,
+    )  # fmt: skip
+    folder = job.options.dump_ir / "quantise" if job.options.dump_ir else None
+    with job.clock.phase("quantise"):
+        outcome = pipeline.run(
+            model, [Quantise.of(job.plan)], context, pipeline.Settings(dump=folder)
+        )
+    return outcome.model, statistics, notes | {"quantise": outcome.steps[0].report()}
+
+
+def _calibrate(job: _Job, model: ir.Model) -> Mapping[str, LayerStatistics]:
+    if job.plan.calibration.source == "none":
+        return {}
+    from pfmc.distill import calibrate
+
+    return calibrate.statistics_of(
+        model, job.plan.calibration, tokenizer=job.tokenizer, text=job.options.text,
+        inputs=job.options.inputs, seed=job.options.seed, progress=job.clock.progress,
+    )  # fmt: skip
+
+
+def _lower(
+    job: _Job, writer: Writer, model: ir.Model, statistics: Mapping[str, LayerStatistics]
+) -> tuple[list[LayerRecord], int]:
+    """Lowers every fixed linear, `jobs` at a time; one that an earlier run finished is kept."""
+    nodes = vocabulary.fixed_linears(model)
+
+    def one(node: ir.Node) -> tuple[LayerRecord, bool]:
+        name = str(node.name)
+        key = hashlib.sha256(f"{job.request} {name}".encode()).hexdigest()
+
+        def make() -> tuple[list[FileEntry], dict[str, Any]]:
+            linear = linear_record(node, statistics.get(str(node.name)))
+            tiled = job.target.lower_linear(linear, job.tech)
+            return store.write_layer(writer, linear, tiled)
+
+        body, resumed = writer.once(f"layer/{name}", key, make)
+        job.clock.progress(f"lower: {name}")
+        return LayerRecord(**body), resumed
+
+    done = list(_in_order(one, nodes, job.options.jobs))
+    return [record for record, _ in done], sum(resumed for _, resumed in done)
+
+
+def _in_order(
+    work: Callable[[ir.Node], tuple[LayerRecord, bool]], nodes: Sequence[ir.Node], jobs: int
+) -> Iterator[tuple[LayerRecord, bool]]:
+    if jobs <= 1:
+        yield from map(work, nodes)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(work, nodes)
+
+
+def _write_rest(
+    job: _Job, writer: Writer, model: ir.Model, records: list[LayerRecord],
+    ops: Sequence[FabricOp], report: dict[str, Any],
+) -> None:  # fmt: skip
+    """Everything but the layers: graph, netlist, technology, tokenizer, report, provenance."""
+    writer.write("layers.json", store.layers_json(records))
+    lowered.write_model(writer, model, records)
+    definitions = {r.name: job.target.definition(r.summary, job.tech) for r in records}
+    netlist = assemble(model, definitions, ops)
+    writer.write("netlist.json", netlist.to_json().encode())
+    writer.write("technology.json", canonical_json(technology.to_json(job.tech)))
+    writer.write("report/report.json", canonical_json(report))
+    writer.write("report/metrics.csv", lowered.metrics_csv(report).encode())
+    if job.tokenizer:
+        lowered.write_tokenizer(writer, job.tokenizer)
+    source = os.path.relpath(job.loaded.path.resolve(), writer.path.resolve())
+    writer.write("provenance/source.txt", f"{source}\n".encode())
+    timing = {"cpu_s": job.clock.seconds, "pfmc": pfmc.__version__}
+    writer.write("provenance/timing.json", json.dumps(timing, indent=1).encode())
+
+
+def _up_to_date(manifest: Manifest, clock: _Clock) -> Compilation:
+    """The artifact that is already here, made from the same input and options."""
+    report = json.loads((manifest.path / "report" / "report.json").read_bytes())
+    layers = len(store.layer_records(manifest.path))
+    return Compilation(manifest.path, report, clock.seconds, layers)
+
+
+def _stopped(job: _Job, phase: str) -> Compilation:
+    """Runs only as far as `phase`; what can be seen is the model and ``--dump-ir``."""
+    if phase not in PHASES:
+        raise UsageError(f"there is no phase {phase!r}", mend=did_you_mean(phase, PHASES))
+    model = job.loaded.model
+    if phase == "canonical":
+        model, _ = _canonical(job)
+    elif phase in ("quantised", "lowered"):
+        model, statistics, _ = _quantised(job)
+        if phase == "lowered":
+            for node in vocabulary.fixed_linears(model):
+                linear = linear_record(node, statistics.get(str(node.name)))
+                job.target.lower_linear(linear, job.tech)
+    counts = Counter(f"{n.domain}.{n.op_type}".lstrip(".") for n in model.graph)
+    return Compilation(None, dict(sorted(counts.items())), job.clock.seconds, 0, model)

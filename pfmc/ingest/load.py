@@ -1,0 +1,223 @@
+"""Reads an ONNX file, refuses what is broken or hostile, and hands on one uniform graph."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, MutableSequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from pfmc.errors import InputError
+from pfmc.ingest import dialects, magic, shapes, tidy
+from pfmc.ingest.external import ExternalData
+from pfmc.ingest.files import SourceFile, find, open_mapped
+from pfmc.ingest.guard import Guard
+from pfmc.ingest.opset import upgrade
+from pfmc.ingest.rewrite import Builder
+from pfmc.ingest.tensors import EAGER_BYTES, check_finite
+from pfmc.ir import provenance
+from pfmc.ir.vocabulary import IR_VERSION
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model at stage SOURCE and the files it came from.
+
+    Attributes:
+        model: the uniform graph: opset 24, no functions, Constants, Identities or dead nodes.
+        path: the .onnx file.
+        sha256: its hex digest.
+        files: the .onnx file, then the external data files in order of first use.
+        exporter: who wrote it, e.g. ``"pytorch 2.13.0"``.
+        precision: the element type that most of the floating-point weights have.
+    """
+
+    model: ir.Model
+    path: Path
+    sha256: str
+    files: tuple[SourceFile, ...]
+    exporter: str
+    precision: ir.DataType
+
+    def release(self) -> None:
+        """Lets the system drop all weights that were paged in."""
+        for file in self.files:
+            file.release()
+
+    def check_finite(self) -> None:
+        """Reads every weight once and refuses NaN and infinity, naming tensor and index."""
+        for name, value in self.model.graph.initializers.items():
+            if value.const_value is not None and value.const_value.dtype.is_floating_point():
+                check_finite(name, value.const_value.numpy())
+
+
+def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
+    """Reads the ONNX file `path` as a uniform graph whose weights stay on disk until asked for.
+
+    Args:
+        path: the .onnx file.
+        trust_root: a folder within which external data may be reached through links; without
+            it the data must lie in the folder of the .onnx file, as ordinary files.
+
+    Raises:
+        UsageError: there is no such file.
+        InputError: the file is damaged, hostile or uses something that cannot be compiled.
+        FileError: the system refused to read it.
+    """
+    with _no_collection():
+        file = open_mapped(find(path), follow=True)
+        proto = parse(file)
+        Guard(proto, str(file.path), frozenset(dialects.LOWERINGS)).check()
+        external = ExternalData(file.path, trust_root)
+        views = map_weights(proto, external)
+        drop_traces(proto)
+        shapes.infer(proto, str(file.path))
+        model = build(proto, views)
+        normalise(model)
+    loaded = Loaded(
+        model=model,
+        path=file.path,
+        sha256=file.sha256,
+        files=(file, *external.files.values()),
+        exporter=f"{proto.producer_name} {proto.producer_version}".strip() or "unknown",
+        precision=precision(model),
+    )
+    if sum(f.size for f in loaded.files) <= EAGER_BYTES:
+        loaded.check_finite()
+    return loaded
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pauses the garbage collector, which would walk the growing graph again and again."""
+    active = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if active:
+            gc.enable()
+
+
+def parse(file: SourceFile) -> onnx.ModelProto:
+    """The protobuf message in `file`, after a look at its first bytes and its outer structure."""
+    magic.recognise(file)
+    magic.scan(file)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(cast(bytes, memoryview(file.data)))  # a view: no second copy
+    except DecodeError as error:
+        raise InputError(
+            f"Not a valid ONNX file: {error}",
+            where=str(file.path),
+            mend="download or export it again",
+        ) from error
+    plain_domains(proto)
+    return proto
+
+
+def plain_domains(proto: onnx.ModelProto) -> None:
+    """Spells the standard domain one way: ``"ai.onnx"`` becomes ``""``."""
+    bodies = (proto.graph, *proto.functions)
+    named = (*proto.opset_import, *(o for f in proto.functions for o in f.opset_import))
+    for thing in (*named, *(n for body in bodies for n in body.node)):
+        if thing.domain == "ai.onnx":
+            thing.domain = ""
+
+
+def drop_traces(proto: onnx.ModelProto) -> None:
+    """Removes stack traces and the like, most of the bytes of a dynamo export, early."""
+    for node in proto.graph.node:
+        node.ClearField("doc_string")
+        _keep(node.metadata_props, provenance.SCOPE_KEYS)
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        if len(value.metadata_props):
+            _keep(value.metadata_props, provenance.WEIGHT_KEYS)
+    for function in proto.functions:
+        del function.metadata_props[:], function.value_info[:]
+        for node in function.node:
+            del node.metadata_props[:]
+    del proto.metadata_props[:], proto.graph.metadata_props[:], proto.configuration[:]
+    del proto.graph.quantization_annotation[:]
+
+
+def _keep(entries: MutableSequence[onnx.StringStringEntryProto], keys: frozenset[str]) -> None:
+    kept = [e for e in entries if e.key in keys and isinstance(e.value, str)]
+    del entries[:]
+    entries.extend(kept)
+
+
+def map_weights(proto: onnx.ModelProto, external: ExternalData) -> dict[str, ir.TensorProtocol]:
+    """Views of the external weights on the mapped files, by name, all checked, none read."""
+    views: dict[str, ir.TensorProtocol] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            where = f"{external.model_path}: tensor {tensor.name!r}"
+            views[tensor.name] = external.tensor(tensor, where)
+    _embed_attributes(proto, external)
+    return views
+
+
+def build(proto: onnx.ModelProto, views: dict[str, ir.TensorProtocol]) -> ir.Model:
+    """The graph of an accepted model, with `views` in place of its external weights."""
+    for tensor in proto.graph.initializer:
+        if tensor.name in views:
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
+    model = ir.from_proto(proto)
+    for name, view in views.items():
+        model.graph.initializers[name].const_value = view
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:  # what the tensor is counts, not what a note says of it
+            value.type = ir.TensorType(value.const_value.dtype)
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+    return model
+
+
+def _embed_attributes(proto: onnx.ModelProto, external: ExternalData) -> None:
+    """Constants of nodes that lie outside the file are read in; they are few and small."""
+    for node in (*proto.graph.node, *(n for f in proto.functions for n in f.node)):
+        for attribute in node.attribute:
+            for tensor in (attribute.t, *attribute.tensors):
+                if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                    where = f"{external.model_path}: node {node.name!r}"
+                    tensor.raw_data = external.extent(tensor, where).bytes()
+                    tensor.ClearField("data_location")
+                    tensor.ClearField("external_data")
+
+
+def normalise(model: ir.Model) -> None:
+    """Brings an accepted model to the uniform shape, in place."""
+    provenance.stamp(model)
+    version = model.graph.opset_imports.get("", 1)
+    for function in model.functions.values():
+        upgrade(function, function.opset_imports.get("", version), Builder(function))
+    tidy.plain_inputs(model.graph)
+    upgrade(model.graph, version, Builder(model.graph))
+    tidy.inline_functions(model)
+    tidy.lift_constants(model.graph)
+    dialects.lower(model)
+    tidy.drop_identities(model.graph)
+    tidy.infer_shapes(model)
+    tidy.numeric_dims(model.graph)
+    tidy.sort(model.graph)
+    tidy.drop_dead(model)
+    tidy.name_everything(model.graph)
+    model.ir_version = IR_VERSION
+
+
+def precision(model: ir.Model) -> ir.DataType:
+    """The floating-point type that holds most of the weights; FLOAT if there are none."""
+    sizes: Counter[ir.DataType] = Counter()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point():
+            sizes[tensor.dtype] += tensor.size
+    return sizes.most_common(1)[0][0] if sizes else ir.DataType.FLOAT

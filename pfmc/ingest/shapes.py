@@ -1,0 +1,115 @@
+"""Infers the shapes and types of all values from the operators, and refuses contradictions."""
+
+from __future__ import annotations
+
+import re
+
+import onnx
+from onnx import shape_inference
+
+from pfmc.errors import InputError
+from pfmc.ingest.order import in_order
+from pfmc.ingest.tensors import DTYPES
+
+_SMALL_BYTES = 1 << 12  # constants up to here take part (axes, target shapes); larger only by shape
+_INVENTED_DIM = re.compile(r"^unk__\d+$")
+
+
+def infer(proto: onnx.ModelProto, file: str) -> None:
+    """Fills in ``proto.graph.value_info`` from a strict shape and type inference, in place.
+
+    Raises:
+        InputError: operands do not fit each other; the message names the node.
+    """
+    try:
+        known = shape_inference.infer_shapes(
+            _skeleton(proto), check_type=True, strict_mode=True, data_prop=True
+        )
+    except (shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        raise InputError(_reason(str(error)), where=file, mend=_mend()) from error
+    _drop_odd_notes(proto.graph)
+    noted = {v.name: v for v in (*proto.graph.value_info, *proto.graph.output)}
+    for value in (*known.graph.value_info, *known.graph.output):
+        if value.name in noted:
+            _correct(noted[value.name].type.tensor_type, value.type.tensor_type)
+        else:
+            _forget_invented(value)
+            proto.graph.value_info.append(value)
+
+
+def _drop_odd_notes(graph: onnx.GraphProto) -> None:
+    """Notes on values of no or of a strange type say nothing."""
+    kept = [v for v in graph.value_info if v.type.tensor_type.elem_type in DTYPES]
+    if len(kept) < len(graph.value_info):
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+
+
+def _correct(noted: onnx.TypeProto.Tensor, found: onnx.TypeProto.Tensor) -> None:
+    """Brings a note of the file into line with what was inferred, which is right.
+
+    The note wins where it only adds a symbol ("batch") to an unknown dimension.
+    """
+    noted.elem_type = found.elem_type or noted.elem_type
+    if not found.HasField("shape"):
+        return
+    old, new = noted.shape.dim, found.shape.dim
+    if not noted.HasField("shape") or len(old) != len(new):
+        noted.shape.CopyFrom(found.shape)
+        for dim in noted.shape.dim:
+            _forget(dim)
+        return
+    for mine, theirs in zip(old, new, strict=True):
+        if theirs.HasField("dim_value") and mine.dim_value != theirs.dim_value:
+            mine.dim_value = theirs.dim_value
+
+
+def _skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its large weights replaced by graph inputs of the same shape."""
+    bare = onnx.ModelProto(ir_version=proto.ir_version)
+    bare.opset_import.extend(proto.opset_import)
+    bare.functions.extend(proto.functions)
+    graph, old = bare.graph, proto.graph
+    graph.name = old.name or "graph"
+    graph.node.extend(in_order(old.node))
+    for output in old.output:
+        kind = output.type.tensor_type.elem_type
+        graph.output.append(onnx.helper.make_tensor_value_info(output.name, kind, None))
+    graph.value_info.extend(_notes_of_foreign(old))
+    graph.input.extend(old.input)
+    declared = {v.name for v in old.input}
+    for tensor in old.initializer:
+        inside = tensor.data_location != onnx.TensorProto.EXTERNAL
+        if inside and tensor.ByteSize() <= _SMALL_BYTES:
+            graph.initializer.append(tensor)
+        elif tensor.name not in declared:
+            value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            graph.input.append(value)
+    return bare
+
+
+def _notes_of_foreign(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """The file's notes on the outputs of operators that have no standard schema."""
+    outputs = {o for n in graph.node if n.domain not in ("", "ai.onnx") for o in n.output}
+    return [v for v in graph.value_info if v.name in outputs] if outputs else []
+
+
+def _forget_invented(value: onnx.ValueInfoProto) -> None:
+    for dim in value.type.tensor_type.shape.dim:
+        _forget(dim)
+
+
+def _forget(dim: onnx.TensorShapeProto.Dimension) -> None:
+    """A dimension that the inference could only number is unknown."""
+    if _INVENTED_DIM.match(dim.dim_param):
+        dim.ClearField("dim_param")
+
+
+def _reason(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    useful = [line for line in lines if "op_type:" in line] or lines[-1:] or [text]
+    return f"Shapes or types do not fit: {useful[0][:400]}"
+
+
+def _mend() -> str:
+    return "export the model again; the tensors do not belong to this graph"

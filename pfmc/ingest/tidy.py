@@ -1,0 +1,182 @@
+"""Brings a graph to one plain form: without functions, Constants, Identities, dead nodes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
+
+from pfmc.errors import InputError
+from pfmc.ir.vocabulary import is_op
+
+_NUMBERS = {
+    "value_int": np.int64,
+    "value_ints": np.int64,
+    "value_float": np.float32,
+    "value_floats": np.float32,
+}
+
+
+def inline_functions(model: ir.Model) -> None:
+    """Replaces every call of a local function by its body; the guard has bounded the growth."""
+    if not model.functions:
+        return
+    for function in model.functions.values():
+        function.opset_imports.clear()
+        function.opset_imports.update(model.graph.opset_imports)
+    InlinePass()(model)
+    model.functions.clear()
+
+
+def plain_inputs(graph: ir.Graph) -> None:
+    """Graph inputs that have a default value (IR 3 style) become plain initialisers."""
+    kept = [v for v in graph.inputs if v.name not in graph.initializers]
+    if len(kept) != len(graph.inputs):
+        graph.inputs.clear()
+        graph.inputs.extend(kept)
+
+
+def name_everything(graph: ir.Graph) -> None:
+    """Gives a unique, non-empty name to each node and each value that lacks one."""
+    taken = {v.name for v in all_values(graph) if v.name}
+    fresh = (f"value_{i}" for i in itertools.count())
+    for value in all_values(graph):
+        if not value.name and (value.uses() or value.is_graph_output()):
+            value.name = next(n for n in fresh if n not in taken)
+    seen: set[str] = set()
+    for index, node in enumerate(graph):
+        name = node.name or f"{node.op_type}_{index}"
+        while name in seen:
+            name = f"{name}_{index}"
+        node.name = name
+        seen.add(name)
+
+
+def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Inputs, initialisers and node outputs of `graph`."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def lift_constants(graph: ir.Graph) -> None:
+    """Every ``Constant`` node becomes an initialiser of the same name."""
+    for node in [n for n in graph if is_op(n, "Constant")]:
+        old = node.outputs[0]
+        tensor = _constant(node)
+        fresh = ir.Value(
+            name=old.name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
+            metadata_props=dict(old.metadata_props),
+        )
+        if old.is_graph_output():
+            graph.initializers.add(_keep_output(graph, node, fresh))
+            continue
+        ir.convenience.replace_all_uses_with(old, fresh)
+        graph.remove(node, safe=True)
+        graph.initializers.add(fresh)
+
+
+def _keep_output(graph: ir.Graph, node: ir.Node, fresh: ir.Value) -> ir.Value:
+    """A constant graph output is fed by an Identity from an initialiser of another name."""
+    old = node.outputs[0]
+    fresh.name = f"{old.name}_constant"
+    identity = ir.node("Identity", [fresh], name=node.name, metadata_props=node.metadata_props)
+    graph.insert_before(node, identity)
+    ir.convenience.replace_all_uses_with(old, identity.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    identity.outputs[0].name = old.name
+    return fresh
+
+
+def _constant(node: ir.Node) -> ir.TensorProtocol:
+    name, attribute = next(iter(node.attributes.items()))
+    if name == "value":
+        return attribute.as_tensor()
+    if name not in _NUMBERS:
+        raise InputError(
+            f"A Constant holds {name!r}, which no target can use",
+            where=f"node {node.name!r}",
+            mend="export the model without strings and sparse constants",
+        )
+    return ir.tensor(np.array(attribute.value, dtype=_NUMBERS[name]), name=node.outputs[0].name)
+
+
+def drop_identities(graph: ir.Graph) -> None:
+    """Removes ``Identity`` nodes (and inference-time ``Dropout``, already turned into them)."""
+    for node in [n for n in graph if is_op(n, "Identity")]:
+        source, alias = node.inputs[0], node.outputs[0]
+        assert source is not None
+        if alias.is_graph_output():
+            if source.producer() is None or source.is_graph_output():
+                continue
+            _take_name(graph, node)
+        else:
+            if source.shape is None and alias.shape is not None:
+                source.shape, source.type = alias.shape, alias.type
+            ir.convenience.replace_all_uses_with(alias, source)
+        graph.remove(node, safe=True)
+
+
+def _take_name(graph: ir.Graph, node: ir.Node) -> None:
+    """The source of an output's Identity becomes that output, under the output's name."""
+    source, alias = node.inputs[0], node.outputs[0]
+    assert source is not None
+    name, alias_shape, alias_type = alias.name, alias.shape, alias.type
+    ir.convenience.replace_all_uses_with(alias, source, replace_graph_outputs=True)
+    alias.name = None
+    source.name = name
+    source.shape = alias_shape if alias_shape is not None else source.shape
+    source.type = alias_type if alias_type is not None else source.type
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fills in the shapes of values that a lowering or an upgrade made."""
+    if any(v.shape is None for n in model.graph for v in n.outputs if v.name):
+        ShapeInferencePass()(model)
+
+
+def numeric_dims(graph: ir.Graph) -> None:
+    """Dimensions spelled as numbers (``"32"``) become integers, impossible ones unknown."""
+    for value in all_values(graph):
+        shape = value.shape
+        if shape is None or not any(_odd(d) for d in shape.dims):
+            continue
+        value.shape = ir.Shape([_plain(d) for d in shape.dims])
+
+
+def _odd(dim: int | ir.SymbolicDim) -> bool:
+    if isinstance(dim, int):
+        return dim < 0
+    if dim.value is None:
+        return False
+    return (dim.value.isascii() and dim.value.isdecimal()) or dim.value.startswith("unk__")
+
+
+def _plain(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim | None:
+    if not _odd(dim):
+        return dim
+    text = "" if isinstance(dim, int) else str(dim.value)
+    return int(text) if text.isdecimal() and len(text) < 19 else None
+
+
+def sort(graph: ir.Graph) -> None:
+    """Puts the nodes into an order in which every value is made before it is used."""
+    done: set[ir.Node] = set()
+    for node in graph:
+        makers = (v.producer() for v in node.inputs if v is not None)
+        if any(m is not None and m not in done for m in makers):
+            graph.sort()
+            return
+        done.add(node)
+
+
+def drop_dead(model: ir.Model) -> None:
+    """Removes nodes and initialisers that no graph output depends on."""
+    RemoveUnusedNodesPass()(model)

@@ -1,0 +1,184 @@
+"""The lowered model as files: the runnable graph, the report, the metrics, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from pfmc import cost
+from pfmc.artifact import Writer
+from pfmc.errors import InternalError
+from pfmc.hardware import FabricOp, Workload
+from pfmc.ir import vocabulary
+from pfmc.report.table import Table
+from pfmc.store import LayerRecord
+from pfmc.targets.base import Target
+from pfmc.targets.fabric import gpu
+from pfmc.technology import Technology
+
+DATA_FILE = "model.data"
+_ALIGNMENT = 64  # bytes; where ONNX Runtime maps a tensor
+_INLINE = 1024  # bytes; smaller constants stay inside model.onnx
+
+
+# -- the graph -----------------------------------------------------------------------------------
+
+
+def write_model(writer: Writer, model: ir.Model, records: Sequence[LayerRecord]) -> None:
+    """Stages ``model.onnx``, whose weights are ranges of the layers' files and of ``model.data``.
+
+    It runs in ONNX Runtime as it lies (graph optimisation BASIC or off).
+    """
+    vocabulary.install(model)
+    in_layers = _layer_tensors(model, records)
+    rest = _large(model, set(in_layers))
+    entry = writer.write_stream(DATA_FILE, _chunks(v for v, _ in rest))
+    outside = {**in_layers, **_placed(rest)}
+    if rest and entry.size != sum(_padded(t.nbytes) for _, t in rest):
+        raise InternalError("model.data has not the size its tensors have")
+    originals = {name: model.graph.initializers[name].const_value for name in outside}
+    try:
+        for name, tensor in outside.items():
+            model.graph.initializers[name].const_value = tensor
+        writer.write("model.onnx", ir.to_proto(model).SerializeToString(deterministic=True))
+    finally:
+        for name, held in originals.items():
+            model.graph.initializers[name].const_value = held
+
+
+def _layer_tensors(
+    model: ir.Model, records: Sequence[LayerRecord]
+) -> dict[str, ir.ExternalTensor]:
+    """Codes, scale and bias of every fixed linear as ranges of its weights file."""
+    by_name = {r.name: r for r in records}
+    found: dict[str, ir.ExternalTensor] = {}
+    for node in vocabulary.fixed_linears(model):
+        record = by_name[str(node.name)]
+        for value, key in zip(node.inputs[1:], ("codes", "scale", "bias"), strict=True):
+            assert value is not None
+            assert value.const_value is not None
+            offset, length = record.ranges[key]
+            tensor = value.const_value
+            found[str(value.name)] = ir.ExternalTensor(
+                record.weights_path, offset, length, tensor.dtype,
+                shape=ir.Shape(tensor.shape), name=str(value.name),
+            )  # fmt: skip
+    return found
+
+
+Large = list[tuple[ir.Value, ir.TensorProtocol]]
+
+
+def _large(model: ir.Model, done: set[str]) -> Large:
+    return [
+        (v, v.const_value)
+        for name, v in sorted(model.graph.initializers.items())
+        if name not in done and v.const_value is not None and v.const_value.nbytes > _INLINE
+    ]
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _chunks(values: Iterable[ir.Value]) -> Iterator[bytes]:
+    for value in values:
+        assert value.const_value is not None
+        data = value.const_value.tobytes()
+        yield data
+        yield b"\0" * (_padded(len(data)) - len(data))
+
+
+def _placed(rest: Large) -> dict[str, ir.ExternalTensor]:
+    offset, found = 0, {}
+    for value, tensor in rest:
+        found[str(value.name)] = ir.ExternalTensor(
+            DATA_FILE, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape),
+            name=str(value.name),
+        )  # fmt: skip
+        offset += _padded(tensor.nbytes)
+    return found
+
+
+# -- the report ----------------------------------------------------------------------------------
+
+
+def report(
+    target: Target, tech: Technology, model: ir.Model, records: Sequence[LayerRecord],
+    ops: Sequence[FabricOp], context: int, notes: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The body of ``report/report.json``: model, passes, cost, the GPU beside it."""
+    decodes = any(str(v.name).startswith("past") for v in model.graph.inputs)
+    workload = Workload("decode" if decodes else "encode", context)
+    layers = [r.summary for r in records]
+    costs = target.cost(layers, ops, tech, workload)
+    return {
+        "schema_version": 1,
+        "model": _facts(model, records, ops),
+        "passes": dict(notes),
+        "cost": cost.to_json(costs),
+        "baseline": cost.to_json(gpu.baseline(float(_parameters(model, records)))),
+        "layers": {r.name: r.diagnostics for r in records},
+    }
+
+
+def _facts(
+    model: ir.Model, records: Sequence[LayerRecord], ops: Sequence[FabricOp]
+) -> dict[str, Any]:
+    kinds: dict[str, int] = {}
+    for op in ops:
+        kinds[op.kind] = kinds.get(op.kind, 0) + 1
+    return {
+        "fixed_linears": len(records),
+        "fixed_weights": sum(r.inputs * r.outputs for r in records),
+        "parameters": _parameters(model, records),
+        "tiles": sum(r.tiles for r in records),
+        "fabric_ops": len(ops),
+        "fabric_kinds": dict(sorted(kinds.items())),
+    }
+
+
+def _parameters(model: ir.Model, records: Sequence[LayerRecord]) -> int:
+    """Weights of the fixed linears and every other real constant of more than one number."""
+    linear_inputs = {
+        str(v.name) for n in vocabulary.fixed_linears(model) for v in n.inputs[1:] if v is not None
+    }
+    others = sum(
+        int(v.const_value.size)
+        for name, v in model.graph.initializers.items()
+        if name not in linear_inputs
+        and v.const_value is not None
+        and v.const_value.size > 1
+        and v.const_value.dtype.is_floating_point()
+    )
+    return sum(r.inputs * r.outputs for r in records) + others
+
+
+def metrics_csv(body: Mapping[str, Any]) -> str:
+    """``report/metrics.csv``: metric, unit, low, typical, high, scope."""
+    rows: list[tuple[str, ...]] = []
+    for key, metric in body["cost"]["metrics"].items():
+        rows.append(_metric_row(key, metric["unit"], metric, "model"))
+        for term in metric.get("terms", []):
+            rows.append(_metric_row(key, metric["unit"], term, term["name"]))
+    return Table(("metric", "unit", "low", "typical", "high", "scope"), tuple(rows)).csv()
+
+
+def _metric_row(key: str, unit: str, held: Mapping[str, Any], scope: str) -> tuple[str, ...]:
+    numbers = (repr(float(held[k])) for k in ("low", "typical", "high"))
+    return (key, unit, *numbers, scope)
+
+
+def write_tokenizer(writer: Writer, path: Path) -> None:
+    """Stages the tokenizer and the files beside it that name its special tokens."""
+    writer.write("tokenizer/tokenizer.json", path.read_bytes())
+    for name in ("config.json", "generation_config.json"):
+        beside = path.parent / name
+        if beside.is_file():
+            held = json.loads(beside.read_bytes())
+            tokens = {k: v for k, v in sorted(held.items()) if k.endswith("_token_id")}
+            writer.write(f"tokenizer/{name}", json.dumps(tokens, indent=1).encode())

@@ -1,0 +1,270 @@
+"""Recipes: which passes run with which options, how to calibrate, quantise and judge.
+
+A recipe is ``passes/<name>.toml`` or a TOML file of the user's. ``--set`` changes single values:
+``fold.largest=4096``, ``quantise.weight_bits=3``, ``quantise.layers.lm_head.weight_bits=8``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pfmc import library, passes
+from pfmc.errors import UsageError, did_you_mean
+from pfmc.passes.base import Pass
+
+SHELF = "passes"
+Bits = Literal["target"] | Annotated[int, Field(ge=2, le=8)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class Calibration(_Section):
+    """How statistics are taken before quantising.
+
+    Attributes:
+        source: ``self`` runs the model on the user's data, else on data it writes itself; ``none``
+            takes no statistics (inputs are then scaled per token).
+        sequences: sequences, or images.
+        length: positions of a sequence.
+    """
+
+    source: Literal["self", "none"] = "self"
+    sequences: int = Field(16, ge=1)
+    length: int = Field(128, ge=1)
+
+
+class LayerRule(_Section):
+    """What differs in the layers whose name fits a glob; None keeps the common choice."""
+
+    weight_bits: Bits | None = None
+    granularity: Literal["channel", "tile"] | None = None
+    search: Literal["clip", "plain"] | None = None
+
+
+class Quantising(_Section):
+    """Number formats.
+
+    Attributes:
+        weight_bits: width of a weight code, 2 to 8, or ``target`` for the widest the target holds.
+        granularity: inputs that share a weight scale: all (``channel``) or those of a tile.
+        search: ``clip`` searches the best clipping, ``plain`` rounds by the largest weight.
+        inputs: ``static`` scales from calibration, or ``token``: afresh for every position.
+        input_range: ``mse`` clips where the mean square error is least, ``peak`` never clips.
+        layers: glob over layer names -> what differs there; the last that fits wins.
+    """
+
+    weight_bits: Bits = 4
+    granularity: Literal["channel", "tile"] = "channel"
+    search: Literal["clip", "plain"] = "clip"
+    inputs: Literal["static", "token"] = "static"
+    input_range: Literal["mse", "peak"] = "mse"
+    layers: dict[str, LayerRule] = Field(default_factory=dict)
+
+
+class Thresholds(_Section):
+    """What `pfmc verify` asks for; None asks nothing.
+
+    Attributes:
+        perplexity_ratio: highest perplexity over the source model's.
+        kl: highest mean KL divergence in nats a token.
+        top1: lowest share of positions that prefer the same token.
+        cosine: lowest mean cosine of embeddings or outputs.
+        layer_error: highest relative error of a fixed linear's output.
+    """
+
+    perplexity_ratio: float | None = Field(None, gt=0)
+    kl: float | None = Field(None, gt=0)
+    top1: float | None = Field(None, ge=0, le=1)
+    cosine: float | None = Field(None, ge=-1, le=1)
+    layer_error: float | None = Field(None, gt=0)
+
+
+class Working(_Section):
+    """What the cost report assumes: positions of context."""
+
+    context: int = Field(1024, ge=1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe with every default filled in.
+
+    Attributes:
+        name: its name on the shelf, or the stem of its file; title: one line.
+        passes: the canonicalising passes in order, with their options.
+        calibration, quantise, verify, workload: the sections of the same names.
+    """
+
+    name: str
+    title: str
+    passes: tuple[Pass, ...]
+    calibration: Calibration
+    quantise: Quantising
+    verify: Thresholds
+    workload: Working
+
+    def canonical(self) -> dict[str, Any]:
+        """The whole recipe as plain data with every option, for the manifest."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "pass": [{"name": p.name, **asdict(p)} for p in self.passes],
+            **{key: getattr(self, key).model_dump(mode="json") for key in _SECTIONS},
+        }
+
+    def digest(self) -> str:
+        """sha256 of what decides the result: everything but name and title."""
+        body = {k: v for k, v in self.canonical().items() if k not in ("name", "title")}
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "calibration": Calibration,
+    "quantise": Quantising,
+    "verify": Thresholds,
+    "workload": Working,
+}
+_KEYS = ("title", "pass", *_SECTIONS)
+
+
+def default_recipe(kind: str) -> str:
+    """The recipe that fits a kind of target: that of its name, else ``rom8``."""
+    return kind if kind in library.entries(SHELF) else "rom8"
+
+
+def load(name: str, settings: Iterable[str] = ()) -> Recipe:
+    """Reads the recipe `name` (of the shelf, or a path) and applies ``--set`` settings.
+
+    Args:
+        name: e.g. ``rom`` or ``my/recipe.toml``.
+        settings: ``pass.option=value`` or ``section.key=value``.
+
+    Raises:
+        UsageError: no such recipe, or something unknown or of a wrong type in it; says what was
+            probably meant.
+    """
+    path = library.find(SHELF, name)
+    return parse(_read(path), path.stem, str(path.name), settings)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"not a TOML file: {error}", where=path.name) from error
+
+
+def parse(
+    body: Mapping[str, Any], name: str, where: str = "", settings: Iterable[str] = ()
+) -> Recipe:
+    """The recipe in a TOML file's contents `body`; see `load`."""
+    unknown = [k for k in body if k not in _KEYS]
+    if unknown:
+        raise UsageError(
+            f"a recipe has no key {unknown[0]!r}", where=where, mend=did_you_mean(unknown[0], _KEYS)
+        )
+    entries = [dict(e) for e in _entries(body.get("pass", []), where)]
+    sections = {k: dict(body.get(k, {})) for k in _SECTIONS}
+    for setting in settings:
+        _set(setting, entries, sections)
+    return Recipe(
+        name=name,
+        title=str(body.get("title", name)),
+        passes=tuple(_make_pass(e, where) for e in entries),
+        **cast("dict[str, Any]", {k: _section(k, sections[k], where) for k in _SECTIONS}),
+    )
+
+
+def _entries(given: object, where: str) -> list[dict[str, Any]]:
+    if not isinstance(given, list) or not all(isinstance(e, dict) and "name" in e for e in given):
+        raise UsageError(
+            "passes are written as [[pass]] tables with a name", where=where,
+            mend='write [[pass]] and name = "fold" below it',
+        )  # fmt: skip
+    return given
+
+
+def _make_pass(entry: Mapping[str, Any], where: str) -> Pass:
+    options = {k: v for k, v in entry.items() if k != "name"}
+    kind = passes.get(str(entry["name"]))
+    if kind.name == "quantise":
+        raise UsageError(
+            "quantise is not a [[pass]]: it runs after calibration", where=where,
+            mend="write a [quantise] section",
+        )  # fmt: skip
+    return kind.from_options(options)
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+def _set(
+    setting: str, entries: list[dict[str, Any]], sections: dict[str, dict[str, Any]]
+) -> None:
+    key, equals, text = setting.partition("=")
+    owner, dot, option = key.strip().partition(".")
+    if not equals or not dot or not option:
+        raise UsageError(
+            f"{setting!r} is not a setting", where="--set", mend="write pass.option=value"
+        )
+    value: object = None if text.strip() == "none" and owner in sections else text.strip()
+    if owner == "calibration" and option == "source":
+        value = text.strip()  # here "none" is a word
+    if owner in sections:
+        _set_in(sections[owner], option, value)
+        return
+    named = [e for e in entries if e["name"] == owner]
+    if not named:
+        known = [*sections, *(str(e["name"]) for e in entries)]
+        raise UsageError(
+            f"the recipe has no pass or section {owner!r}", where=f"--set {setting}",
+            mend=did_you_mean(owner, known),
+        )  # fmt: skip
+    for entry in named:
+        entry[option] = value
+
+
+def _set_in(section: dict[str, Any], option: str, value: object) -> None:
+    """``weight_bits`` or ``layers.<glob>.weight_bits``; the glob may hold dots."""
+    first, dot, rest = option.partition(".")
+    if not dot:
+        section[option] = value
+        return
+    glob, _, last = rest.rpartition(".")
+    table = section[first] = dict(section.get(first, {}))
+    table[glob] = {**table.get(glob, {}), last: value}
+
+
+def _section(key: str, given: Mapping[str, Any], where: str) -> _Section:
+    try:
+        return _SECTIONS[key].model_validate(dict(given))
+    except ValidationError as error:
+        raise _explained(key, error, where) from error
+
+
+def _explained(key: str, error: ValidationError, where: str) -> UsageError:
+    """The first complaint of pydantic in our words."""
+    first, *others = error.errors()
+    path = [str(part) for part in first["loc"]]
+    owner = LayerRule if path[0] == "layers" and len(path) > 2 else _SECTIONS[key]
+    keys = path[: 3 if owner is LayerRule else 2 if path[0] == "layers" else 1]
+    place = f"{where}: [{key}] {'.'.join(keys)}"
+    if first["type"] == "extra_forbidden":
+        return UsageError(
+            f"there is no key {path[-1]!r}", where=place,
+            mend=did_you_mean(path[-1], owner.model_fields),
+        )  # fmt: skip
+    same = [first, *(e for e in others if list(e["loc"])[: len(keys)] == list(first["loc"])[: len(keys)])]
+    reasons = " or ".join(e["msg"].removeprefix("Input should be ") for e in same)
+    return UsageError(f"{first['input']!r} is not {reasons}", where=place)

@@ -1,0 +1,278 @@
+"""Counts the dynamic work of a canonical or quantised model: one `FabricOp` a node, none lost.
+
+Work keys, per position; each may also stand with the suffix ``_per_context`` (times the context):
+
+``macs8`` products of two 8-bit numbers, summed (Q·K, dynamic MatMul) · ``macs16`` 16-bit
+probability times 8-bit value, summed (A·V) · ``exps`` exponentials · ``adds`` additions and
+comparisons · ``muls`` 16-bit products · ``table_reads`` 256-entry function tables · ``roots``
+reciprocal or root of one number · ``kv_read_values``, ``kv_write_values`` numbers moved from and
+to the KV memory · ``embedding_values`` numbers read from an embedding table · ``moved_values``
+numbers sent to the next unit · ``control_ops`` integer or flag operations.
+
+Two keys are not per position: ``kv_held_values`` numbers one user keeps in the KV memory, and
+``stored_values`` fixed numbers stored with the operation (embedding tables, norm weights);
+``linears`` says how many fixed linears share a requantised input, ``heads`` how many attend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from pfmc.errors import InputError, InternalError
+from pfmc.hardware import FabricOp
+from pfmc.ir import vocabulary
+from pfmc.ir.probe import Growth, ShapeProbe, growth
+from pfmc.targets.fabric.keys import PER_CONTEXT
+from pfmc.targets.fabric.operators import CONTROL, PER_INPUT, PER_OUTPUT, WIRING
+
+Shapes = Mapping[str, tuple[ShapeProbe, ...]]
+
+
+def fabric_ops(model: ir.Model, shapes: Shapes) -> list[FabricOp]:
+    """The dynamic operations of `model` and their work, in graph order.
+
+    Fixed linears are left out: they are the target's. Where the model is a decoder, each real
+    output that is not KV memory adds a ``sampling`` operation (argmax over its last axis).
+
+    Args:
+        model: CANONICAL or QUANTISED; batch 1.
+        shapes: value name -> its shapes at the trial runs (`pfmc.distill.shapes.probe_shapes`).
+
+    Raises:
+        InputError: operators whose work is unknown; the message names them with their nodes.
+        InternalError: a value has no probed shape.
+    """
+    counter = _Counter(shapes, _positions(model, shapes), _table_nodes(model))
+    unknown = [n for n in model.graph if not _known(n)]
+    if unknown:
+        raise _unknown_error(unknown)
+    nodes = [n for n in model.graph if not _fixed(n)]
+    return [counter.op(n) for n in nodes] + list(_sampling(model, counter))
+
+
+def _fixed(node: ir.Node) -> bool:
+    return node.domain == vocabulary.DOMAIN and node.op_type in vocabulary.LINEARS
+
+
+_SPECIAL = frozenset({"Attention", "MatMul", "Gemm", "Conv", "ConvTranspose"})
+_GATHERS = frozenset({"Gather", "GatherElements", "GatherND"})
+
+
+def _known(node: ir.Node) -> bool:
+    if node.domain == vocabulary.DOMAIN:
+        return node.op_type in vocabulary.OPERATORS
+    tables: tuple[Iterable[str], ...] = (PER_OUTPUT, PER_INPUT, WIRING, CONTROL, _SPECIAL)
+    return node.domain in ("", "ai.onnx") and any(node.op_type in t for t in tables)
+
+
+def _unknown_error(nodes: list[ir.Node]) -> InputError:
+    types = sorted({f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in nodes})
+    names = ", ".join(str(n.name) for n in nodes[:5])
+    return InputError(
+        f"the fabric has no unit for {', '.join(types)}",
+        where=names + (" …" if len(nodes) > 5 else ""),
+        mend="add the operator to pfmc/targets/fabric/operators.py, or a pass that removes it",
+    )
+
+
+def _positions(model: ir.Model, shapes: Shapes) -> int | None:
+    """Positions of a model of fixed size: the commonest rows of its fixed linears; else None."""
+    probes = [shapes[v] for n in vocabulary.fixed_linears(model) if (v := _name(n, 0)) in shapes]
+    if not probes or any(p[0].shape != p[-1].shape for p in probes):
+        return None
+    rows = [math.prod(p[0].shape[:-1]) for p in probes]
+    return max(sorted(set(rows)), key=rows.count)
+
+
+def _name(node: ir.Node, index: int) -> str:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return str(value.name) if value is not None else ""
+
+
+def _table_nodes(model: ir.Model) -> frozenset[str]:
+    """Values that lead to a cosine or sine: angles, whose table is all that is built."""
+    wanted: set[str] = set()
+    for node in reversed(list(model.graph)):
+        leads = node.op_type in ("Cos", "Sin") or any(v.name in wanted for v in node.outputs)
+        if leads:
+            wanted.update(str(v.name) for v in node.inputs if v is not None)
+    return frozenset(wanted)
+
+
+@dataclass(frozen=True)
+class _Counter:
+    shapes: Shapes
+    positions: int | None
+    tables: frozenset[str]
+
+    def op(self, node: ir.Node) -> FabricOp:
+        kind, work = self.work(node)
+        stored = sum(_size(v) for v in node.inputs if v is not None and _real_constant(v))
+        if stored and kind not in ("wiring", "control", "table"):
+            work = {**work, "stored_values": float(stored)}
+        return FabricOp(
+            str(node.name), kind, node.metadata_props.get(vocabulary.KEY_SCOPE, ""),
+            tuple(node.metadata_props.get(vocabulary.KEY_SOURCE, "").split()),
+            {k: v for k, v in sorted(work.items()) if v},
+        )  # fmt: skip
+
+    def work(self, node: ir.Node) -> tuple[str, dict[str, float]]:
+        if node.domain != vocabulary.DOMAIN and node.op_type in WIRING:
+            return "wiring", {}
+        if not any(self.floating(v) for v in node.outputs if v.name):
+            return "control", _spread({"control_ops": self.grow(node.outputs[0])})
+        if any(v.name in self.tables for v in node.outputs):
+            return "table", {}
+        return self.real_work(node)
+
+    def real_work(self, node: ir.Node) -> tuple[str, dict[str, float]]:
+        special: dict[str, Callable[[ir.Node], tuple[str, dict[str, Growth]]]] = {
+            "Attention": self.attention, "MatMul": self.product, "Gemm": self.product,
+            "Conv": self.convolution, "ConvTranspose": self.convolution,
+        }  # fmt: skip
+        out = self.grow(node.outputs[0])
+        if node.op_type in special:
+            kind, counts = special[node.op_type](node)
+        elif node.op_type in _GATHERS:
+            kind, counts = self.gather(node)
+        elif node.op_type in PER_OUTPUT:
+            kind, each = PER_OUTPUT[node.op_type]
+            counts = {k: out.times(f) for k, f in each.items()} | self.once(node, kind)
+        elif node.op_type in PER_INPUT:
+            kind, each = PER_INPUT[node.op_type]
+            counts = {k: self.grow(node.inputs[0]).times(f) for k, f in each.items()}
+        else:
+            raise _unknown_error([node])
+        return kind, _spread(counts if kind == "wiring" else {**counts, "moved_values": out})
+
+    def once(self, node: ir.Node, kind: str) -> dict[str, Growth]:
+        """Work done once a row (last axis): a root for norms, a reciprocal for softmax."""
+        if kind == "requantise":
+            users = [n for v in node.outputs for n, _ in v.uses() if _fixed(n)]
+            linears = {"linears": Growth(float(len(users)))}
+            return linears | self.rows(node) if node.op_type == "QuantiseToken" else linears
+        if kind in ("norm", "softmax"):
+            return self.rows(node)
+        return {}
+
+    def rows(self, node: ir.Node) -> dict[str, Growth]:
+        width = max(self.probes(node.outputs[0])[0].shape[-1], 1)
+        return {"roots": self.grow(node.outputs[0]).times(1.0 / width)}
+
+    def attention(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
+        q, k, v = (self.probes(node.inputs[i]) for i in range(3))
+        heads, width, kv_heads, v_width = _heads(node, q[0].shape, k[0].shape, v[0].shape)
+        points, held = [], []
+        for i, probe in enumerate(q):
+            length = self.length(node, i)
+            points.append((float(length * self.s(probe)), self.s(probe), self.t(probe)))
+            held.append(length == probe.context and q[0].context != q[-1].context)
+        each = growth(points)
+        kv = float(kv_heads * (width + v_width))
+        memory = Growth(0.0, kv) if all(held) else Growth(kv * self.length(node, 0))
+        return "attention", {
+            "macs8": each.times(heads * width), "macs16": each.times(heads * v_width),
+            "exps": each.times(heads), "adds": each.times(2.0 * heads),
+            "roots": Growth(float(heads)), "muls": Growth(float(heads * v_width)),
+            "kv_read_values": each.times(kv), "kv_write_values": Growth(kv),
+            "kv_held_values": memory, "heads": Growth(float(heads)),
+        }  # fmt: skip
+
+    def length(self, node: ir.Node, run: int) -> int:
+        """Positions attended to in trial run `run`."""
+        total = self.probes(node.inputs[1])[run].shape[-2]
+        past = node.inputs[4] if len(node.inputs) > 4 else None
+        return total + (self.probes(past)[run].shape[-2] if past is not None else 0)
+
+    def product(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
+        left = self.probes(node.inputs[0])[0].shape
+        inner = left[-2] if node.op_type == "Gemm" and _attribute(node, "transA") else left[-1]
+        probes = zip(self.probes(node.inputs[0]), self.probes(node.outputs[0]), strict=True)
+        if node.op_type == "MatMul":
+            macs = self.fit([(p.shape[-1] * y.size, y) for p, y in probes])
+        else:
+            macs = self.grow(node.outputs[0]).times(inner)
+        return "product", {"macs8": macs}
+
+    def convolution(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
+        kernel = self.probes(node.inputs[1])[0].shape
+        return "product", {"macs8": self.grow(node.outputs[0]).times(math.prod(kernel[1:]))}
+
+    def gather(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
+        source = node.inputs[0]
+        if source is None or source.const_value is None:
+            return "wiring", {}
+        return "embedding", {"embedding_values": self.grow(node.outputs[0])}
+
+    def floating(self, value: ir.Value) -> bool:
+        return self.probes(value)[0].floating
+
+    def probes(self, value: ir.Value | None) -> tuple[ShapeProbe, ...]:
+        name = str(value.name) if value is not None else ""
+        if name in self.shapes:
+            return self.shapes[name]
+        if value is not None and value.const_value is not None:
+            shape = tuple(int(d) for d in value.const_value.shape.numpy())
+            kind = value.const_value.dtype
+            dtype = "float" if kind.is_floating_point() else kind.name.lower()
+            first = next(iter(self.shapes.values()))
+            return tuple(ShapeProbe(shape, dtype, p.positions, p.context) for p in first)
+        raise InternalError("a value has no probed shape", where=name)
+
+    def s(self, probe: ShapeProbe) -> int:
+        return self.positions or probe.positions
+
+    def t(self, probe: ShapeProbe) -> int:
+        return self.positions or probe.context
+
+    def grow(self, value: ir.Value | None) -> Growth:
+        return self.fit([(p.size, p) for p in self.probes(value)])
+
+    def fit(self, counts: list[tuple[int, ShapeProbe]]) -> Growth:
+        return growth([(float(n), self.s(p), self.t(p)) for n, p in counts])
+
+
+def _heads(
+    node: ir.Node, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
+) -> tuple[int, int, int, int]:
+    """Heads, head width, KV heads and value width of an Attention in 3-D or 4-D form."""
+    if len(q) == 4:
+        return q[1], q[3], k[1], v[3]
+    heads, kv_heads = _attribute(node, "q_num_heads"), _attribute(node, "kv_num_heads")
+    return heads, q[-1] // heads, kv_heads, v[-1] // kv_heads
+
+
+def _attribute(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else 0
+
+
+def _spread(counts: Mapping[str, Growth]) -> dict[str, float]:
+    flat = {k: g.fixed for k, g in counts.items()}
+    return flat | {k + PER_CONTEXT: g.per_context for k, g in counts.items()}
+
+
+def _real_constant(value: ir.Value) -> bool:
+    constant = value.const_value
+    return constant is not None and constant.dtype.is_floating_point()
+
+
+def _size(value: ir.Value) -> int:
+    return int(value.const_value.size) if value.const_value is not None else 0
+
+
+def _sampling(model: ir.Model, counter: _Counter) -> Iterable[FabricOp]:
+    attentions = [n for n in model.graph if n.op_type == "Attention"]
+    causal = any(_attribute(n, "is_causal") or len(n.inputs) > 4 for n in attentions)
+    memory = {v.name for n in attentions for v in n.outputs[1:]}
+    for value in model.graph.outputs if causal else ():
+        is_memory = value.name in memory or len(counter.probes(value)[0].shape) > 3
+        if counter.floating(value) and not is_memory:
+            work = _spread({"adds": counter.grow(value)})
+            yield FabricOp(
+                f"sample.{value.name}", "sampling", "", (), {k: v for k, v in work.items() if v}
+            )

@@ -1,0 +1,83 @@
+"""A read-only-weight layer in torch: the integers of the hardware, exactly, and a gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pfmc.targets.base import StoredLinear
+
+EXACT_FLOAT32 = 1 << 24
+"""Integers up to here are exact in float32, sums in any order included."""
+
+
+class RomLinear(nn.Module):
+    """``x[..., in] -> y[..., out]``: quantise, multiply integers exactly, rescale, add the bias.
+
+    The product runs as float32 matmuls over so few inputs that no sum can pass 2**24; their
+    results are added in float64. Rounding passes gradients straight through.
+
+    Args:
+        stored: the layer as read from an artifact.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, stored: StoredLinear) -> None:
+        super().__init__()
+        bits, _, _, group = (int(n) for n in stored.tensors["format"])
+        codes = torch.from_numpy(stored.tensors["codes"].astype("int8"))
+        self.register_buffer("codes", codes.to(torch.float32), persistent=False)
+        scale = torch.from_numpy(stored.tensors["scale"].astype("float32"))
+        self.register_buffer("scale", scale, persistent=False)
+        bias = None if stored.bias is None else torch.from_numpy(stored.bias.copy())
+        self.register_buffer("bias", bias, persistent=False)
+        self.group, self.input_scale = group, stored.input_scale
+        self.top = float(2 ** (stored.input_bits - 1) - 1)
+        self.chunk = max(1, EXACT_FLOAT32 // int(self.top * (2 ** (bits - 1) - 1)) - 1)
+
+    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (as floats, straight-through) and the step of each position."""
+        if self.input_scale is not None:
+            step = x.new_tensor(self.input_scale)
+        else:
+            step = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-30) / self.top
+        ratio = x / step
+        codes = torch.round(ratio).clamp(-self.top, self.top)
+        if torch.is_grad_enabled() and x.requires_grad:
+            inside = ratio.clamp(-self.top, self.top)
+            codes = inside + (codes - inside).detach()
+        return codes, step
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """The exact integer products ``[groups, ..., out]`` of input codes ``[..., in]``."""
+        inputs = self.codes.shape[0]
+        sums = [
+            self._product(codes, start, min(start + self.group, inputs))
+            for start in range(0, inputs, self.group)
+        ]
+        return torch.stack(sums)
+
+    def _product(self, codes: Tensor, start: int, stop: int) -> Tensor:
+        if stop - start <= self.chunk:
+            return codes[..., start:stop] @ self.codes[start:stop]
+        pieces = math.ceil((stop - start) / self.chunk)
+        total = torch.zeros((), dtype=torch.float64, device=codes.device)
+        for k in range(pieces):
+            a, b = start + k * self.chunk, min(start + (k + 1) * self.chunk, stop)
+            total = total + (codes[..., a:b] @ self.codes[a:b]).to(torch.float64)
+        return total
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` float to ``[..., out]`` of the same type."""
+        codes, step = self.quantise(x.to(torch.float32))
+        products = self.integers(codes)
+        y = products[0].to(torch.float32) * self.scale[0]
+        for k in range(1, products.shape[0]):
+            y = y + products[k].to(torch.float32) * self.scale[k]
+        y = y * step
+        return (y if self.bias is None else y + self.bias).to(x.dtype)

@@ -1,0 +1,172 @@
+"""Operators whose meaning changed: old nodes, upgraded, against ONNX Runtime on the old file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pfmc.errors import InputError
+from pfmc.ingest import load
+from pfmc.ingest.opset import CHANGES
+from pfmc.ir.vocabulary import OPSET
+
+onnx = pytest.importorskip("onnx")
+make = onnx.helper
+F32, I64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+X = np.random.default_rng(3).normal(0, 1, (2, 3, 4)).astype(np.float32)
+
+
+@dataclass
+class Old:
+    """A node of an old opset on the input x[2, 3, 4]."""
+
+    op: str
+    opset: int
+    attributes: dict[str, Any] = field(default_factory=dict)
+    outputs: int = 1
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def proto(self, known_shape: bool = True) -> Any:
+        names = [f"y{i}" for i in range(self.outputs)]
+        dims = [2, 3, 4] if known_shape else None
+        node = make.make_node(
+            self.op, ["r", *self.constants], names, name="/old", **self.attributes
+        )
+        graph = make.make_graph(
+            [make.make_node("Relu", ["x"], ["r"]), node],
+            "g",
+            [make.make_tensor_value_info("x", F32, dims)],
+            [make.make_tensor_value_info(n, _kind(self, i), None) for i, n in enumerate(names)],
+            [onnx.numpy_helper.from_array(v, k) for k, v in self.constants.items()],
+        )
+        imports = [make.make_opsetid("", self.opset)]
+        return make.make_model(graph, opset_imports=imports, ir_version=7)
+
+
+def _kind(old: Old, index: int) -> int:
+    if old.op == "TopK" and index == 1:
+        return int(I64)
+    if old.op == "Dropout" and index == 1 and old.opset >= 10:
+        return int(onnx.TensorProto.BOOL)
+    return int(F32)
+
+
+CASES = [
+    Old("Slice", 9, {"starts": [0, 1], "ends": [1, 3], "axes": [0, 2]}),
+    Old("Slice", 7, {"starts": [0, 1], "ends": [1, 3]}),
+    Old("TopK", 9, {"k": 2, "axis": -1}, 2),
+    Old("Clip", 7, {"min": 0.1, "max": 0.5}),
+    Old("Clip", 10, {"max": 0.5}),
+    Old("Pad", 10, {"pads": [0, 0, 1, 0, 0, 2], "value": 1.5}),
+    Old("Pad", 7, {"pads": [0, 0, 1, 0, 0, 1], "mode": "reflect"}),
+    Old("Unsqueeze", 12, {"axes": [0, 3]}),
+    Old("Squeeze", 12),
+    Old("ReduceSum", 12, {"axes": [1], "keepdims": 0}),
+    Old("ReduceMean", 17, {"axes": [-1], "keepdims": 1}),
+    Old("ReduceMean", 13),
+    Old("ReduceMax", 11, {"axes": [0, 2]}),
+    Old("ReduceL2", 17, {"axes": [2]}),
+    Old("Split", 12, {"axis": 2, "split": [1, 3]}, 2),
+    Old("Split", 11, {"axis": 2}, 2),
+    Old("Split", 17, {"axis": 1}, 3),
+    Old("Split", 13, {"axis": 2}, 2, {"sizes": np.array([3, 1])}),
+    Old("Softmax", 12, {"axis": 2}),
+    Old("Softmax", 11, {"axis": -1}),
+    Old("Softmax", 12),
+    Old("Softmax", 9, {"axis": 0}),
+    Old("LogSoftmax", 12, {"axis": 1}),
+    Old("Softmax", 13, {"axis": 1}),
+    Old("Dropout", 7, {"ratio": 0.3}),
+    Old("Dropout", 10, {"ratio": 0.3}, 2),
+    Old("Dropout", 12, {}, 1, {"ratio": np.array(0.3, np.float32)}),
+    Old("Dropout", 20, {}, 2),
+    Old(
+        "Scatter",
+        9,
+        {"axis": 1},
+        1,
+        {"i": np.array([[[1, 0, 2, 1]]]), "u": np.full((1, 1, 4), 9, np.float32)},
+    ),
+]
+
+
+@pytest.mark.parametrize("known_shape", [True, False], ids=["shape", "no shape"])
+@pytest.mark.parametrize("old", CASES, ids=lambda o: f"{o.op}-{o.opset}-{CASES.index(o)}")
+def test_upgraded_node_computes_the_same(
+    old: Old,
+    known_shape: bool,
+    save: Callable[[Any], Path],
+    session_of: Callable[[Any], Any],
+    run_loaded: Callable[..., list[np.ndarray]],
+) -> None:
+    path = save(old.proto(known_shape))
+    expected = session_of(path).run(None, {"x": X})
+    model = load(path).model
+    assert model.graph.opset_imports[""] == OPSET
+    got = run_loaded(model, {"x": X})
+    assert [o.name for o in model.graph.outputs] == [f"y{i}" for i in range(old.outputs)]
+    for want, have in zip(expected, got, strict=True):
+        assert want.dtype == have.dtype
+        np.testing.assert_allclose(have, want, rtol=0, atol=1e-6)
+
+
+def test_softmax_of_the_last_axis_stays_one_node(save: Callable[[Any], Path]) -> None:
+    model = load(save(Old("Softmax", 11, {"axis": 2}).proto())).model
+    assert [n.op_type for n in model.graph] == ["Relu", "Softmax"]
+    assert model.graph[1].attributes.get_int("axis", 0) == -1
+
+
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [
+        (
+            Old(
+                "Dropout", 12, {}, 1, {"ratio": np.array(0.3, np.float32), "train": np.array(True)}
+            ),
+            "training mode",
+        ),
+        (Old("Resize", 10, {}, 1, {"s": np.ones(3, np.float32)}), "its meaning changed"),
+    ],
+)
+def test_what_cannot_be_upgraded_is_refused(
+    old: Old, message: str, save: Callable[[Any], Path]
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load(save(old.proto()))
+    assert "'/old'" in caught.value.where
+
+
+def test_batch_norm_of_an_old_opset(
+    save: Callable[[Any], Path],
+    session_of: Callable[[Any], Any],
+    run_loaded: Callable[..., list[np.ndarray]],
+) -> None:
+    rng = np.random.default_rng(1)
+    parts = {k: rng.uniform(0.5, 2, 3).astype(np.float32) for k in "sbmv"}
+    path = save(Old("BatchNormalization", 8, {}, 1, parts).proto())
+    expected = session_of(path).run(None, {"x": X})[0]
+    np.testing.assert_allclose(run_loaded(load(path).model, {"x": X})[0], expected, atol=1e-6)
+
+
+def test_functions_are_upgraded_from_their_own_opset(
+    linear: Any, save: Callable[[Any], Path], run_loaded: Callable[..., list[np.ndarray]]
+) -> None:
+    body = [make.make_node("ReduceSum", ["a"], ["b"], axes=[1], keepdims=1)]
+    function = make.make_function("local", "total", ["a"], ["b"], body, [make.make_opsetid("", 12)])
+    linear.functions.append(function)
+    linear.graph.node[2].CopyFrom(make.make_node("total", ["sum"], ["y"], domain="local"))
+    linear.opset_import.append(make.make_opsetid("local", 1))
+    del linear.graph.output[0].type.tensor_type.shape.dim[1]
+    x = np.ones((2, 4), np.float32)
+    model = load(save(linear)).model
+    assert run_loaded(model, {"x": x})[0].shape == (2, 1)
+
+
+def test_every_change_is_an_operator_of_the_standard() -> None:
+    known = {s.name for s in onnx.defs.get_all_schemas_with_history() if s.domain == ""}
+    assert set(CHANGES) <= known

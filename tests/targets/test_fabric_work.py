@@ -1,0 +1,83 @@
+"""Dynamic work of a decoder, against counts done by hand (width 8, 2 heads of 4, 1 KV head)."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from pfmc.distill.shapes import probe_shapes
+from pfmc.errors import InputError, InternalError
+from pfmc.hardware import FabricOp
+from pfmc.targets.fabric.work import fabric_ops
+
+
+def ops_of(decoder: ir.Model) -> list[FabricOp]:
+    return fabric_ops(decoder, probe_shapes(decoder))
+
+
+def one(ops: list[FabricOp], kind: str) -> FabricOp:
+    return next(op for op in ops if op.kind == kind)
+
+
+def test_every_node_is_counted_once(decoder: ir.Model) -> None:
+    ops = ops_of(decoder)
+    nodes = [n for n in decoder.graph if n.op_type != "FixedLinear"]
+    assert [op.name for op in ops[:-1]] == [n.name for n in nodes]
+    kinds = {k: sum(op.kind == k for op in ops) for k in {op.kind for op in ops}}
+    assert kinds == {
+        "embedding": 1, "norm": 5, "requantise": 9, "wiring": 16, "attention": 2,
+        "elementwise": 6, "sampling": 1,
+    }  # fmt: skip
+
+
+def test_attention_by_hand(decoder: ir.Model) -> None:
+    attention = one(ops_of(decoder), "attention")
+    assert dict(attention.work) == {
+        "macs8_per_context": 2 * 4, "macs16_per_context": 2 * 4, "exps_per_context": 2,
+        "adds_per_context": 4, "roots": 2, "muls": 8, "heads": 2, "moved_values": 8,
+        "kv_read_values_per_context": 8, "kv_write_values": 8, "kv_held_values_per_context": 8,
+    }  # fmt: skip
+    assert attention.scope == "model.layers.0.attn"
+    assert attention.sources[0].startswith("n")
+
+
+def test_vector_units_by_hand(decoder: ir.Model) -> None:
+    ops = ops_of(decoder)
+    assert dict(one(ops, "norm").work) == {
+        "muls": 24,
+        "adds": 8,
+        "roots": 1,
+        "moved_values": 8,
+        "stored_values": 8,
+    }
+    assert dict(one(ops, "requantise").work) == {
+        "muls": 8,
+        "adds": 16,
+        "roots": 1,
+        "linears": 3,
+        "moved_values": 8,
+    }
+    assert dict(one(ops, "embedding").work) == {
+        "embedding_values": 8,
+        "moved_values": 8,
+        "stored_values": 80,
+    }
+    assert dict(one(ops, "sampling").work) == {"adds": 10}
+    gate = next(op for op in ops if "SwiGLU" in op.name)
+    assert dict(gate.work) == {"table_reads": 16, "muls": 16, "moved_values": 16}
+
+
+def test_unknown_operator_is_refused(decoder: ir.Model) -> None:
+    shapes = probe_shapes(decoder)
+    node = next(n for n in decoder.graph if n.op_type == "Add")
+    node.op_type = "FancyAdd"
+    with pytest.raises(InputError, match="no unit for FancyAdd") as error:
+        fabric_ops(decoder, shapes)
+    assert node.name in str(error.value)
+
+
+def test_value_without_shape_is_refused(decoder: ir.Model) -> None:
+    shapes = probe_shapes(decoder)
+    del shapes[next(n for n in decoder.graph if n.op_type == "Add").outputs[0].name]
+    with pytest.raises(InternalError, match="no probed shape"):
+        fabric_ops(decoder, shapes)
