@@ -65,9 +65,13 @@ def _layer_tensors(
             tensor = value.const_value
             found[str(value.name)] = ir.ExternalTensor(
                 record.weights_path, offset, length, tensor.dtype,
-                shape=ir.Shape(tensor.shape), name=str(value.name),
+                shape=_shape(tensor), name=str(value.name),
             )  # fmt: skip
     return found
+
+
+def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
+    return ir.Shape([int(d) for d in tensor.shape.numpy()])
 
 
 Large = list[tuple[ir.Value, ir.TensorProtocol]]
@@ -97,7 +101,7 @@ def _placed(rest: Large) -> dict[str, ir.ExternalTensor]:
     offset, found = 0, {}
     for value, tensor in rest:
         found[str(value.name)] = ir.ExternalTensor(
-            DATA_FILE, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape),
+            DATA_FILE, offset, tensor.nbytes, tensor.dtype, shape=_shape(tensor),
             name=str(value.name),
         )  # fmt: skip
         offset += _padded(tensor.nbytes)

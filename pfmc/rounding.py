@@ -25,7 +25,7 @@ Codes = npt.NDArray[np.int8]
 LOWEST_RATIO = 0.3
 """The strongest clipping tried, as a share of max|w|; 2 bits need this much."""
 MARGIN = 1e-3
-"""A clipping is taken only if it betters plain rounding by this share: more than float32 sums err."""
+"""A clipping must better plain rounding by this share: more than float32 sums err."""
 EXACT_ELEMENTS = 1 << 19
 """Matrices up to this size are searched on all their rows, finely; larger ones on a sample."""
 

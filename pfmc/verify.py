@@ -21,6 +21,9 @@ import onnx_ir as ir
 from pfmc import artifact, ingest, simulate, store
 from pfmc.distill import calibrate, drive, measure
 from pfmc.distill.drive import Drive
+from pfmc.distill.generate import Decoder
+from pfmc.distill.student import Student
+from pfmc.distill.text import self_generated, windows_of_file
 from pfmc.errors import UsageError
 from pfmc.ir import vocabulary
 from pfmc.oracle import Oracle
@@ -30,6 +33,7 @@ from pfmc.targets.base import Die, StoredLinear
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
 
+_BATCH = 8
 EXACT_POSITIONS = 4
 """Random input vectors that each layer's integer product is checked on."""
 
@@ -190,7 +194,7 @@ def find_source(machine: Machine, given: Path | None) -> Path:
     remembered = machine.path / "provenance" / "source.txt"
     path = given
     if path is None and remembered.is_file():
-        path = Path(remembered.read_text(encoding="utf-8").strip())
+        path = machine.path / remembered.read_text(encoding="utf-8").strip()
     if path is None or not path.is_file():
         raise UsageError(
             "the input file is not where it was", where=str(path or ""),
@@ -221,34 +225,78 @@ class _Plan:
         length: int | None, seed: int,
     ) -> _Plan:  # fmt: skip
         held: dict[str, Any] = dict(machine.manifest["config"]["recipe"]["verify"])
-        return _Plan(
-            text, inputs, windows or held.pop("windows"), length or held.pop("length"), seed, held
-        )
+        many, long = held.pop("windows"), held.pop("length")
+        return _Plan(text, inputs, windows or many, length or long, seed, held)
 
 
 def _end_to_end(
     machine: Machine, source: Path, plan: _Plan, progress: Progress
 ) -> list[Row]:
-    loaded = ingest.load(source)
-    batches = calibrate.probe_batches(
-        loaded.model, machine.tokenizer, text=plan.text, inputs=plan.inputs,
-        count=plan.windows, length=plan.length, seed=plan.seed, progress=progress,
-    )  # fmt: skip
+    model = ingest.load(source).model
+    lead = _drive(model)
+    progress("making inputs")
+    batches = _batches(machine, model, lead, plan)
     progress("layers against ONNX Runtime")
-    rows = _layers(machine, loaded.model, source, batches[0], plan.thresholds)
+    rows = _layers(machine, model, lead, source, batches[0], plan.thresholds)
     progress("the whole model against ONNX Runtime")
-    try:
-        lead: Drive | None = drive.detect(loaded.model)
-    except UsageError:
-        lead = None
     if lead is not None:
         return rows + _language(machine, lead, source, batches, plan.thresholds)
     return rows + _encoder(machine, source, batches, plan.thresholds)
 
 
+def _drive(model: ir.Model) -> Drive | None:
+    """How the source is driven as a language model; None if it is none."""
+    try:
+        return drive.detect(model)
+    except UsageError:
+        return None
+
+
+def _batches(
+    machine: Machine, model: ir.Model, lead: Drive | None, plan: _Plan
+) -> list[dict[str, Array]]:
+    """What is measured on: the user's arrays or text, else text that the source model writes."""
+    if plan.inputs is not None:
+        return list(calibrate.batches_of_file(model, plan.inputs, plan.windows))
+    if lead is None:
+        return list(calibrate.batches(model, plan.windows, plan.length, plan.seed))
+    decoder = Decoder(Student(model).eval(), machine.tokenizer)
+    length = calibrate.fitting_length(decoder, plan.length)
+    if plan.text is not None:
+        ids = _windows(machine, plan.text, length, plan.windows)
+    else:
+        ids = self_generated(decoder, plan.windows, length, plan.seed)
+    size = lead.batch or _BATCH
+    return [feeds_of(lead, ids[i : i + size]) for i in range(0, len(ids) - len(ids) % size, size)]
+
+
+def _windows(machine: Machine, text: Path, length: int, count: int) -> Array:
+    if machine.tokenizer is None:
+        raise UsageError(
+            "measuring on text needs a tokenizer", where=str(machine.path),
+            mend="compile with --tokenizer tokenizer.json",
+        )  # fmt: skip
+    return windows_of_file(text, machine.tokenizer, length, count)
+
+
+def feeds_of(lead: Drive, ids: Array) -> dict[str, Array]:
+    """Every graph input of a language model for tokens ``ids[B, S]`` that nothing precedes."""
+    batch, length = ids.shape
+    feeds: dict[str, Array] = {lead.ids: ids}
+    if lead.mask:
+        feeds[lead.mask] = np.ones((batch, length), np.float32 if lead.mask_float else np.int64)
+    if lead.positions:
+        feeds[lead.positions] = np.tile(np.arange(length), (batch, 1))
+    if lead.types:
+        feeds[lead.types] = np.zeros((batch, length), np.int64)
+    for memory in lead.memories:
+        feeds[memory.past] = np.zeros((batch, memory.heads, 0, memory.width), np.float32)
+    return feeds
+
+
 def _layers(
-    machine: Machine, model: ir.Model, source: Path, feeds: Mapping[str, Array],
-    thresholds: Mapping[str, float | None],
+    machine: Machine, model: ir.Model, lead: Drive | None, source: Path,
+    feeds: Mapping[str, Array], thresholds: Mapping[str, float | None],
 ) -> list[Row]:  # fmt: skip
     """Relative RMS error of each fixed linear's output, inside the simulated model."""
     values = {
@@ -262,7 +310,7 @@ def _layers(
         truth = oracle.run(feeds)
     seen: dict[str, Array] = {}
     machine.student.observe = lambda name, _, y: seen.__setitem__(name, y.detach().numpy())
-    machine.run(machine_feeds(machine, feeds))
+    machine.run(machine_feeds(machine, lead, feeds))
     machine.student.observe = None
     errors = {n: _relative(seen[n], truth[v], perm) for n, (v, perm) in values.items()}
     rows = [Row(f"layer {n}", e, unit="relative RMS error") for n, e in errors.items()]
@@ -283,8 +331,12 @@ def _relative(ours: Array, truth: Array, perm: str | None) -> float:
     return float(np.sqrt(np.mean((ours - truth) ** 2))) / (power or 1.0)
 
 
-def machine_feeds(machine: Machine, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """`feeds` of the source file as the lowered graph takes them (its KV memory starts empty)."""
+def machine_feeds(
+    machine: Machine, lead: Drive | None, feeds: Mapping[str, Array]
+) -> dict[str, Array]:
+    """`feeds` of the source file as the lowered graph takes them; its KV memory starts empty."""
+    if lead is not None and (own := _drive(machine.student.model)) is not None:
+        return feeds_of(own, feeds[lead.ids])
     wanted = {str(v.name) for v in machine.student.model.graph.inputs}
     return {k: v for k, v in feeds.items() if k in wanted}
 
@@ -333,7 +385,7 @@ def _encoder(
     pairs: dict[str, _Pair] = {}
     with Oracle(source) as oracle:
         for feeds in batches:
-            truth, ours = oracle.run(feeds), machine.run(machine_feeds(machine, feeds))
+            truth, ours = oracle.run(feeds), machine.run(machine_feeds(machine, None, feeds))
             for name in _shared(truth, ours):
                 pairs.setdefault(name, _Pair()).add(truth[name], ours[name], feeds)
     rows: list[Row] = []

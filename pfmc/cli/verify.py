@@ -9,7 +9,6 @@ from cyclopts import Parameter
 
 from pfmc.cli.output import Progress, print_json
 from pfmc.errors import VerificationError
-from pfmc.report.format import digits
 from pfmc.report.table import Table
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def verify_(
 
 
 def _row(row: Row) -> tuple[str, str, str, str]:
-    value = digits(row.value) if abs(row.value) >= 1e-3 or row.value == 0 else f"{row.value:.2e}"
+    value = f"{row.value:.4g}"
     spread = f"  [{row.low:.4g} – {row.high:.4g}]" if row.low is not None else ""
     limit = "" if row.limit is None else f"{row.relation} {row.limit:g}"
     verdict = {True: "pass", False: "FAIL", None: ""}[row.passed]

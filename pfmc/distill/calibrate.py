@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +14,22 @@ import torch
 from torch import Tensor
 
 from pfmc.distill.drive import detect
+from pfmc.distill.feeds import (
+    BATCH,
+    Array,
+    Feeds,
+    batches,
+    batches_of_file,
+    is_ids,
+    text_feeds,
+)
 from pfmc.distill.generate import Decoder
 from pfmc.distill.student import Student
-from pfmc.distill.text import load_tokenizer, self_generated, windows_of_file
-from pfmc.errors import FileError, InputError, UsageError, did_you_mean
+from pfmc.distill.text import Tokenizer, load_tokenizer, self_generated, windows_of_file
+from pfmc.errors import InputError, UsageError
 from pfmc.hardware import LayerStatistics
 
 Progress = Callable[[str], None]
-Array = npt.NDArray[Any]
-Feeds = dict[str, Array]
 
 PROBABILITIES = (
     *(i / 20 for i in range(1, 19)), 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998,
@@ -32,8 +39,8 @@ PROBABILITIES = (
 
 _SHIFT = 18  # the top 13 bits of a float32 magnitude: 32 bins an octave, equal within an octave
 _BINS = 0x7F800000 >> _SHIFT  # up to infinity
-_BATCH = 8
 _SHORTEST = 2
+_ASIDE = 1_000_003  # added to the seed of data that must differ from calibration's
 
 
 class Plan(Protocol):
@@ -239,17 +246,14 @@ def statistics_of(
     else:
         return _without_text(model, plan, tokenizer, text, seed, progress)
     student.observe = gatherer = Gatherer(student)
-    for start in range(0, len(ids), _BATCH):
-        decoder.logits(ids[start : start + _BATCH])
+    for start in range(0, len(ids), BATCH):
+        decoder.logits(ids[start : start + BATCH])
     return gatherer.statistics()
 
 
 def _windows(text: Path, tokenizer: Path | None, length: int, count: int) -> Array:
     if tokenizer is None:
-        raise UsageError(
-            "calibrating on text needs a tokenizer", where=str(text),
-            mend="put tokenizer.json beside the model or give --tokenizer",
-        )  # fmt: skip
+        raise _no_tokenizer(text)
     return windows_of_file(text, load_tokenizer(tokenizer), length, count)
 
 
@@ -304,144 +308,62 @@ def _without_text(
 
 
 def _kind(model: ir.Model) -> str:
-    if any(_is_ids(v) for v in model.graph.inputs):
+    if any(is_ids(v) for v in model.graph.inputs):
         return "random tokens: give --text for real ones"
     return "normal noise: give --inputs data.npz for real data"
 
 
-# -- batches -------------------------------------------------------------------------------------
+# -- language models by their graph inputs ---------------------------------------------------------
 
 
-def batches(
-    model: ir.Model, count: int, length: int, seed: int, ids: Array | None = None
-) -> Iterator[Feeds]:
-    """Made-up inputs for a model that is no language model, in batches of up to 8.
-
-    Token ids are random (or rows of `ids`), every fourth sequence is padded in its last quarter,
-    masks say so, images and sounds are normal noise, everything else is zero.
+def probe_batches(
+    model: ir.Model,
+    tokenizer: Tokenizer | None,
+    *,
+    text: Path | None = None,
+    inputs: Path | None = None,
+    count: int,
+    length: int,
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> list[Feeds]:
+    """Inputs for judging a model: the user's, else made from `seed` but never those of calibration.
 
     Args:
-        model: its graph inputs say what is wanted.
+        model: at any stage; every batch holds all its graph inputs.
+        tokenizer: of a language model, if there is one.
+        text: a text file; needs a tokenizer.
+        inputs: an ``.npz`` file, see `batches_of_file`.
         count: sequences or images.
-        length: positions where the graph leaves them free.
-        seed: of the random numbers.
-        ids: tokens ``[count, length]``.
+        length: positions of a sequence.
+        seed: of made-up data.
+        progress: takes a line; says where the data came from.
     """
-    rng = np.random.default_rng(seed)
-    values = model.graph.inputs
-    size = next((d for d in (_dims(v)[0] for v in values if _dims(v)) if isinstance(d, int)), 0)
-    step = size or min(_BATCH, count)
-    fixed = next((d for v in values if _is_ids(v) for d in _dims(v)[1:] if isinstance(d, int)), 0)
-    for start in range(0, count, step):
-        rows = np.arange(start, start + step)
-        real = np.where(rows % 4 == 3, (fixed or length) * 3 // 4, fixed or length)
-        part = None if ids is None else ids[rows % len(ids)][:, : fixed or length]
-        yield {
-            str(v.name): _feed(v, rng, step, fixed or length, real, part, vocabulary_of(v))
-            for v in values
-        }
-
-
-def _feed(
-    value: ir.Value, rng: np.random.Generator, rows: int, length: int, real: Array,
-    ids: Array | None, vocabulary: int,
-) -> Array:  # fmt: skip
-    name, kind = str(value.name).lower(), value.dtype or ir.DataType.FLOAT
-    shape = tuple(_size(v, axis, value, rows, length) for axis, v in enumerate(_dims(value)))
-    if "mask" in name:
-        seen = np.arange(shape[-1]) < real[:, None]
-        return np.broadcast_to(seen.reshape(rows, *([1] * (len(shape) - 2)), -1), shape).astype(
-            kind.numpy()
-        )
-    if _is_ids(value):
-        tokens = rng.integers(0, vocabulary, shape)
-        return (tokens if ids is None or ids.shape != shape else ids).astype(kind.numpy())
-    if "position" in name and kind.is_integer():
-        return np.broadcast_to(np.arange(shape[-1]), shape).astype(kind.numpy())
-    if kind.is_floating_point() and 0 not in shape:
-        return rng.standard_normal(shape, dtype=np.float32).astype(kind.numpy())
-    return np.zeros(shape, kind.numpy())
-
-
-def _dims(value: ir.Value) -> list[int | str | None]:
-    """Sizes of a graph input; a number as text counts as fixed."""
-    sizes = [d if isinstance(d, int) else d.value for d in value.shape or ()]
-    return [int(d) if isinstance(d, str) and d.isdecimal() else d for d in sizes]
-
-
-def _size(dim: int | str | None, axis: int, value: ir.Value, rows: int, length: int) -> int:
-    if isinstance(dim, int):
-        return dim
-    if axis == 0:
-        return rows
-    if "past" in str(value.name):
-        return 0
-    rank = len(_dims(value))
-    if rank == 4:  # an image of free size
-        return 3 if axis == 1 else 224
-    return length if value.dtype is None or not value.dtype.is_floating_point() else max(length, 4096)
-
-
-def _is_ids(value: ir.Value) -> bool:
-    """Whether a graph input holds token ids."""
-    name = str(value.name).lower()
-    others = ("mask", "position", "type", "past")
-    if value.dtype is None or not value.dtype.is_integer() or any(w in name for w in others):
-        return False
-    return len(_dims(value)) == 2
-
-
-def vocabulary_of(ids: ir.Value) -> int:
-    """Rows of the table that token ids index, looking through casts and reshapes; else 2."""
-    pending = [ids]
-    for value in pending:
-        for node, position in value.uses():
-            table = node.inputs[0]
-            if node.op_type == "Gather" and position == 1 and table is not None:
-                if table.const_value is not None:
-                    return int(table.const_value.shape[0])
-            elif node.op_type in ("Cast", "Identity", "Reshape") and position == 0:
-                pending.append(node.outputs[0])
-    return 2
-
-
-def batches_of_file(model: ir.Model, path: Path, count: int) -> Iterator[Feeds]:
-    """The graph inputs in an ``.npz`` file, in batches; at most `count` samples.
-
-    Raises:
-        UsageError: an input is missing, unknown, or has another number of samples.
-        FileError: the file cannot be read.
-    """
-    arrays = _read_npz(path)
-    values = {str(v.name): v for v in model.graph.inputs}
-    for name in arrays:
-        if name not in values:
-            raise UsageError(
-                f"the model has no input {name!r}", where=path.name, mend=did_you_mean(name, values)
-            )
-    missing = [n for n in values if n not in arrays and "past" not in n]
-    if missing:
-        raise UsageError(f"the input {missing[0]!r} is missing", where=path.name)
-    samples = min(len(a) for a in arrays.values())
-    if any(len(a) != samples for a in arrays.values()):
-        raise UsageError("the inputs differ in their number of samples", where=path.name)
-    fixed = next((d for v in values.values() if isinstance(d := _dims(v)[0], int)), 0)
-    step = fixed or _BATCH
-    for start in range(0, min(samples, count) - (fixed - 1 if fixed else 0), step):
-        part = {n: a[start : min(start + step, count)] for n, a in arrays.items()}
-        rows = len(next(iter(part.values())))
-        empty = {n: _empty(v, rows) for n, v in values.items() if n not in part}
-        yield {**part, **empty}
-
-
-def _empty(value: ir.Value, rows: int) -> Array:
-    shape = [_size(d, axis, value, rows, 0) for axis, d in enumerate(_dims(value))]
-    return np.zeros(shape, np.float32)
-
-
-def _read_npz(path: Path) -> Feeds:
+    if inputs is not None:
+        return list(batches_of_file(model, inputs, count))
+    if text is not None and tokenizer is None:
+        raise _no_tokenizer(text)
     try:
-        with np.load(path, allow_pickle=False) as held:
-            return {name: held[name] for name in held.files}
-    except (OSError, ValueError) as error:
-        raise FileError(f"cannot be read as .npz: {error}", where=str(path)) from error
+        drive = detect(model)
+    except UsageError:  # an encoder or a vision model
+        ids = windows_of_file(text, tokenizer, length, count) if text and tokenizer else None
+        progress("probe: " + (f"{len(ids)} windows" if ids is not None else _kind(model)))
+        return list(batches(model, count, length, seed + _ASIDE, ids))
+    decoder = Decoder(Student(model).eval(), tokenizer)
+    length = fitting_length(decoder, length)
+    if text is not None and tokenizer is not None:
+        ids = windows_of_file(text, tokenizer, length, count)
+    elif is_causal(decoder):
+        ids = self_generated(decoder, count, length, seed + _ASIDE)
+    else:
+        rng = np.random.default_rng(seed + _ASIDE)
+        ids = rng.integers(0, decoder.vocabulary, (count, length))
+    progress(f"probe: {len(ids)} sequences of {length}")
+    return list(text_feeds(drive, ids))
+
+
+def _no_tokenizer(text: Path) -> UsageError:
+    return UsageError(
+        "text needs a tokenizer", where=str(text),
+        mend="put tokenizer.json beside the model or give --tokenizer",
+    )  # fmt: skip

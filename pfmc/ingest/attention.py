@@ -198,7 +198,7 @@ def multi_head_attention(low: Lowering) -> None:
         key, value = low.split_heads(key, heads), low.split_heads(value, heads)
     mask = low.input(5)
     if low.input(4) is not None:
-        mask = low.add(_padding_mask(low), mask)
+        mask = low.add(_padding_mask(low, 4), mask)
     operands = (low.split_heads(query, heads), key, value, mask, low.input(6), low.input(7))
     outputs = _attend(low, operands, causal=bool(low.integer("unidirectional")))
     low.done(low.join_heads(outputs[0]), *outputs[1:])
@@ -219,14 +219,56 @@ def _biased(
     return low.add(query, parts[0]), low.add(key, parts[1]), low.add(value, parts[2])
 
 
-def _padding_mask(low: Lowering) -> ir.Value:
-    """``key_padding_mask[B, T]`` (1: seen) as an additive mask ``[B, 1, S, T]``.
+def fused_attention(low: Lowering) -> None:
+    """Attention of com.microsoft: the projections of query, key and value are inside."""
+    low.forbid(past_sequence_length=6)
+    low.zero("do_rotary", "past_present_share_buffer")
+    heads = low.positive("num_heads")
+    source, weights = low.need(0, "input"), low.need(1, "weights")
+    joint = low.add(low.build.op("MatMul", [source, weights]), low.input(2))
+    parts = low.build.ops("Split", [joint, low.ints(*_qkv_sizes(low))], {"axis": -1}, outputs=3)
+    query, key, value = (low.split_heads(part, heads) for part in parts)
+    mask = low.input(5)
+    if low.input(3) is not None:
+        mask = low.add(_padding_mask(low, 3), mask)
+    past_key, past_value = _unstack(low)
+    operands = (query, key, value, mask, past_key, past_value)
+    outputs = _attend(low, operands, causal=bool(low.integer("unidirectional")))
+    if not low.used(1):
+        low.done(low.join_heads(outputs[0]))
+        return
+    both = [low.build.op("Unsqueeze", [part, low.ints(0)]) for part in outputs[1:]]
+    low.done(low.join_heads(outputs[0]), low.build.op("Concat", both, {"axis": 0}))
+
+
+def _qkv_sizes(low: Lowering) -> tuple[int, ...]:
+    """The widths of query, key and value in the joint projection."""
+    given, width = low.node.attributes.get("qkv_hidden_sizes"), last_dim(low.input(1))
+    if given is not None and given.type == ir.AttributeType.INTS and len(given.as_ints()) == 3:
+        return tuple(given.as_ints())
+    if width is None or width % 3:
+        raise low.refuse("the widths of query, key and value cannot be told from the weights")
+    return (width // 3,) * 3
+
+
+def _unstack(low: Lowering) -> tuple[ir.Value | None, ir.Value | None]:
+    """Past keys and values, which come as one tensor ``[2, B, H, P, D]``."""
+    past = low.input(4)
+    if past is None:
+        return None, None
+    halves = low.build.ops("Split", [past], {"axis": 0, "num_outputs": 2}, outputs=2)
+    key, value = (low.build.op("Squeeze", [half, low.ints(0)]) for half in halves)
+    return key, value
+
+
+def _padding_mask(low: Lowering, index: int) -> ir.Value:
+    """Input `index`, a mask ``[B, T]`` (1: seen), as an additive mask ``[B, 1, S, T]``.
 
     ONNX Runtime 1.31 does not broadcast the axis of the queries, hence the Expand.
     """
-    mask = low.need(4, "key_padding_mask")
+    mask = low.need(index, "mask")
     if rank(mask) != 2:
-        raise low.refuse("only a key_padding_mask of shape [batch, keys] is supported")
+        raise low.refuse("only a mask of shape [batch, keys] is supported")
     seen = low.build.op("Cast", [mask], {"to": int(ir.DataType.BOOL)})
     seen = low.build.op("Unsqueeze", [seen, low.ints(1, 2)])
     mask = _additive(low, seen, low.number("mask_filter_value", -10000.0))

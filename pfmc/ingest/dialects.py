@@ -201,6 +201,7 @@ LOWERINGS: dict[tuple[str, str], Callable[[Lowering], None]] = {
     (CONTRIB, "SkipLayerNormalization"): _skip_layer_norm,
     (CONTRIB, "EmbedLayerNormalization"): _embed_layer_norm,
     (CONTRIB, "GroupQueryAttention"): attention.group_query_attention,
+    (CONTRIB, "Attention"): attention.fused_attention,
     (CONTRIB, "MultiHeadAttention"): attention.multi_head_attention,
     (CONTRIB, "RotaryEmbedding"): attention.rotary_embedding,
     (CONTRIB, "MatMulNBits"): _mat_mul_n_bits,

@@ -53,9 +53,11 @@ class Loaded:
 
     def check_finite(self) -> None:
         """Reads every weight once and refuses NaN and infinity, naming tensor and index."""
-        for name, value in self.model.graph.initializers.items():
-            if value.const_value is not None and value.const_value.dtype.is_floating_point():
-                check_finite(name, value.const_value.numpy())
+        with _named(self.path):
+            for name, value in self.model.graph.initializers.items():
+                tensor = value.const_value
+                if tensor is not None and tensor.dtype.is_floating_point():
+                    check_finite(name, tensor.numpy())
 
 
 def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
@@ -74,13 +76,14 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
     with _no_collection():
         file = open_mapped(find(path), follow=True)
         proto = parse(file)
+        drop_traces(proto)
         Guard(proto, str(file.path), frozenset(dialects.LOWERINGS)).check()
         external = ExternalData(file.path, trust_root)
         views = map_weights(proto, external)
-        drop_traces(proto)
         shapes.infer(proto, str(file.path))
         model = build(proto, views)
-        normalise(model)
+        with _named(file.path):
+            normalise(model)
     loaded = Loaded(
         model=model,
         path=file.path,
@@ -92,6 +95,16 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
     if sum(f.size for f in loaded.files) <= EAGER_BYTES:
         loaded.check_finite()
     return loaded
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors about a node or tensor say of which file."""
+    try:
+        yield
+    except InputError as error:
+        where = f"{path}: {error.where}"
+        raise InputError(error.what, where=where, mend=error.mend) from error
 
 
 @contextmanager

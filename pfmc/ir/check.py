@@ -17,30 +17,35 @@ from pfmc.errors import InputError, InternalError
 from pfmc.ir import provenance, vocabulary
 from pfmc.ir.vocabulary import DOMAIN, Stage
 
-ARITHMETIC = frozenset(
-    "Abs Add Ceil Clip Cos CumSum Div Elu Erf Exp Floor HardSigmoid LeakyRelu Log Max Mean Min Mod "
-    "Mul Neg Pow Reciprocal Relu Round Sigmoid Sign Sin Softplus Sqrt Sub Sum Tan Tanh".split()
-)
+ARITHMETIC = frozenset({
+    "Abs", "Add", "Ceil", "Clip", "Cos", "CumSum", "Div", "Elu", "Erf", "Exp", "Floor",
+    "HardSigmoid", "LeakyRelu", "Log", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "Pow",
+    "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Sqrt", "Sub", "Sum",
+    "Tan", "Tanh",
+})  # fmt: skip
 """Elementwise operators of the digital fabric."""
-LOGIC = frozenset(
-    "And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Where Xor".split()
-)
+LOGIC = frozenset({
+    "And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not",
+    "Or", "Where", "Xor",
+})  # fmt: skip
 """Comparisons and masks."""
-WIRING = frozenset(
-    "Cast CastLike Concat ConstantOfShape Expand Flatten Gather GatherElements GatherND Identity "
-    "NonZero OneHot Pad Range Reshape ScatterElements ScatterND Shape Size Slice Split Squeeze "
-    "Tile Transpose Trilu Unsqueeze".split()
-)
+WIRING = frozenset({
+    "Cast", "CastLike", "Concat", "ConstantOfShape", "Expand", "Flatten", "Gather",
+    "GatherElements", "GatherND", "Identity", "NonZero", "OneHot", "Pad", "Range", "Reshape",
+    "ScatterElements", "ScatterND", "Shape", "Size", "Slice", "Split", "Squeeze", "Tile",
+    "Transpose", "Trilu", "Unsqueeze",
+})  # fmt: skip
 """Operators that move or address numbers: embeddings, shapes, tables."""
-REDUCTIONS = frozenset(
-    "ArgMax ArgMin GlobalAveragePool LogSoftmax ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax "
-    "ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Softmax TopK".split()
-)
+REDUCTIONS = frozenset({
+    "ArgMax", "ArgMin", "GlobalAveragePool", "LogSoftmax", "ReduceL1", "ReduceL2",
+    "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum",
+    "ReduceSumSquare", "Softmax", "TopK",
+})  # fmt: skip
 """Operators that gather many numbers into few."""
-BLOCKS = frozenset(
-    "Attention Gelu InstanceNormalization LayerNormalization MatMul RMSNormalization "
-    "RotaryEmbedding Swish".split()
-)
+BLOCKS = frozenset({
+    "Attention", "Gelu", "InstanceNormalization", "LayerNormalization", "MatMul",
+    "RMSNormalization", "RotaryEmbedding", "Swish",
+})  # fmt: skip
 """High-level operators; a MatMul is legal only between two activations."""
 STANDARD = ARITHMETIC | LOGIC | WIRING | REDUCTIONS | BLOCKS
 
@@ -60,13 +65,14 @@ class Legality:
     foreign: bool
 
 
+_CONVERTERS = frozenset({vocabulary.QUANTISE, vocabulary.QUANTISE_TOKEN})
 _HELPERS = frozenset({vocabulary.ROTARY, vocabulary.SWIGLU})
 LEGAL: dict[Stage, Legality] = {
     Stage.SOURCE: Legality(None, frozenset(vocabulary.OPERATORS), True),
     Stage.CANONICAL: Legality(STANDARD, _HELPERS | {vocabulary.FIXED_LINEAR}, False),
     Stage.QUANTISED: Legality(
         STANDARD,
-        _HELPERS | {vocabulary.QUANTISED_LINEAR, vocabulary.QUANTISE, vocabulary.QUANTISE_TOKEN},
+        _HELPERS | _CONVERTERS | {vocabulary.QUANTISED_LINEAR},
         False,
     ),
 }
@@ -134,9 +140,12 @@ def _illegal_own(node: ir.Node) -> Iterator[str]:
         yield f"{node.op_type} has {len(node.inputs)} inputs, not {', '.join(operator.inputs)}"
     elif node.op_type in vocabulary.LINEARS:
         yield from _illegal_linear(node)
-    elif node.op_type in (vocabulary.QUANTISE, vocabulary.QUANTISE_TOKEN):
-        if not node.attributes or not float(node.attributes["top"].value) >= 1:
-            yield "the largest code `top` is below 1"
+    elif node.op_type in _CONVERTERS and not _top(node) >= 1:
+        yield "the largest code `top` is below 1"
+
+
+def _top(node: ir.Node) -> float:
+    return float(node.attributes["top"].value) if "top" in node.attributes else 0.0
 
 
 def _illegal_linear(node: ir.Node) -> Iterator[str]:
@@ -144,7 +153,7 @@ def _illegal_linear(node: ir.Node) -> Iterator[str]:
     if any(c is None for c in constants):
         yield "weight, scale or bias is not a constant"
         return
-    shapes = [tuple(int(d) for d in c.shape) for c in constants if c is not None]
+    shapes = [tuple(int(d) for d in c.shape.numpy()) for c in constants if c is not None]
     if len(shapes[0]) != 2 or shapes[-1] != shapes[0][1:]:
         yield f"weight {shapes[0]} and bias {shapes[-1]} are no [in, out] and [out]"
     elif node.op_type == vocabulary.QUANTISED_LINEAR:

@@ -1,4 +1,4 @@
-"""What watches a pipeline between passes: dumps of the graph, and the folder that replays a crash."""
+"""What watches a pipeline: dumps of the graph, and the folder that replays a crash."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def save_slim(model: ir.Model, path: Path) -> None:
             continue
         del graph.initializers[name]
         value.const_value = None
-        value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+        value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
         value.metadata_props[KEY_NOISE] = tensor.dtype.name
         graph.inputs.append(value)
     ir.save(slim, path)
@@ -108,7 +108,7 @@ def load_slim(path: Path, seed: int = 0) -> ir.Model:
     for value in [v for v in graph.inputs if KEY_NOISE in v.metadata_props]:
         graph.inputs.remove(value)
         kind = ir.DataType[value.metadata_props.pop(KEY_NOISE)]
-        shape = tuple(int(d) for d in value.shape or ())
+        shape = value.shape.numpy() if value.shape is not None else ()
         value.const_value = _noise(str(value.name), shape, kind, seed)
         graph.register_initializer(value)
     return model

@@ -202,17 +202,24 @@ class _Flow:
         if self.settings.verify_each:
             check.check(result.model, remembered)
             check.require_stage(result.model, step.gives)
+        after, end = text.histogram(result.model), time.process_time()
         self.done.append(
             Step(
-                label(index + 1, step), step.name, result.changed, result.declined,
-                dict(result.notes), before, text.histogram(result.model),
-                middle - start, time.process_time() - middle,
-            )  # fmt: skip
+                label(index + 1, step),
+                step.name,
+                result.changed,
+                result.declined,
+                dict(result.notes),
+                before,
+                after,
+                cpu_s=middle - start,
+                check_s=end - middle,
+            )
         )
         return result
 
     def _crash(self, index: int, error: Exception) -> InternalError:
-        """Writes the reproducer of a crash in pass `index`: the passes are run again up to there."""
+        """Writes the reproducer of a crash in pass `index`: earlier passes are run once more."""
         folder = self.settings.reproducer or Path(tempfile.mkdtemp(prefix="pfmc-crash-"))
         model, first = self.origin.clone(), index
         quiet = replace(self.context, progress=Context().progress)

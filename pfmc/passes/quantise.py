@@ -30,7 +30,7 @@ WIDEST = 8
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """What differs in the layers whose name fits `pattern` (a glob); None keeps the common choice."""
+    """What differs in layers whose name fits the glob `pattern`; None keeps the common choice."""
 
     pattern: str
     weight_bits: int | Literal["target"] | None = None
@@ -180,15 +180,15 @@ class _LazyMatrix:
 class LazyCodes(ir.LazyTensor):
     """A tensor of codes or scales that knows the matrix it belongs to."""
 
-    def __init__(self, source: _LazyMatrix, scale: bool, shape: tuple[int, ...], name: str) -> None:
+    def __init__(self, source: _LazyMatrix, scale: bool, shape: tuple[int, ...]) -> None:
         self.source = source
         kind = ir.DataType.INT4 if source.bits <= 4 else ir.DataType.INT8
         kind = ir.DataType.FLOAT if scale else kind
         read = self._scale if scale else self._codes
-        super().__init__(read, kind, ir.Shape(shape), name=name)
+        super().__init__(read, kind, ir.Shape(shape))
 
     def _scale(self) -> ir.TensorProtocol:
-        shape = tuple(int(d) for d in self.shape)
+        shape = self.shape.numpy()
         return ir.tensor(self.source.matrix().scale.reshape(shape), name=self.name)
 
     def _codes(self) -> ir.TensorProtocol:
@@ -205,7 +205,9 @@ class LazyCodes(ir.LazyTensor):
 class _Work:
     """One run of the pass."""
 
-    def __init__(self, graph: ir.Graph, options: Quantise, limits: Limits, context: Context) -> None:
+    def __init__(
+        self, graph: ir.Graph, options: Quantise, limits: Limits, context: Context
+    ) -> None:
         self.graph, self.options, self.limits, self.context = graph, options, limits, context
         self.slot = _Slot()
         self.inputs: dict[ir.Value, ir.Node] = {}
@@ -220,7 +222,7 @@ class _Work:
         assert weight.const_value is not None
         layer = str(node.name)
         bits, group, search = self.options.format_of(layer, self.limits)
-        inputs, outputs = (int(d) for d in weight.const_value.shape)
+        inputs, outputs = weight.const_value.shape.numpy()
         self.bits[bits] = self.bits.get(bits, 0) + inputs * outputs
         seen = self.context.statistics.get(layer)
         lazy = _LazyMatrix(
@@ -228,8 +230,8 @@ class _Work:
             search, None if seen is None else seen.input_power, self.slot,
         )  # fmt: skip
         shape = (outputs,) if group == 0 else (-(-inputs // group), outputs)
-        codes = self._constant(f"{layer}:codes", LazyCodes(lazy, False, (inputs, outputs), ""), weight)
-        scale = self._constant(f"{layer}:scale", LazyCodes(lazy, True, shape, ""), weight)
+        codes = self._constant(f"{layer}:codes", LazyCodes(lazy, False, (inputs, outputs)), weight)
+        scale = self._constant(f"{layer}:scale", LazyCodes(lazy, True, shape), weight)
         new = matcher.fresh(
             vocabulary.QUANTISED_LINEAR, [self._quantised(x, node), codes, scale, bias],
             {"axis": 0 if group else 1, "block_size": group}, domain=DOMAIN,

@@ -79,14 +79,19 @@ class Thresholds(_Section):
         kl: highest mean KL divergence in nats a token.
         top1: lowest share of positions that prefer the same token.
         cosine: lowest mean cosine of embeddings or outputs.
+        rank: lowest rank correlation of the inputs' pairwise similarities.
         layer_error: highest relative error of a fixed linear's output.
+        windows: windows of text, or inputs, to measure on; length: positions of each.
     """
 
     perplexity_ratio: float | None = Field(None, gt=0)
     kl: float | None = Field(None, gt=0)
     top1: float | None = Field(None, ge=0, le=1)
     cosine: float | None = Field(None, ge=-1, le=1)
+    rank: float | None = Field(None, ge=-1, le=1)
     layer_error: float | None = Field(None, gt=0)
+    windows: int = Field(16, ge=1)
+    length: int = Field(128, ge=2)
 
 
 class Working(_Section):
@@ -265,6 +270,7 @@ def _explained(key: str, error: ValidationError, where: str) -> UsageError:
             f"there is no key {path[-1]!r}", where=place,
             mend=did_you_mean(path[-1], owner.model_fields),
         )  # fmt: skip
-    same = [first, *(e for e in others if list(e["loc"])[: len(keys)] == list(first["loc"])[: len(keys)])]
+    start = first["loc"][: len(keys)]
+    same = [first, *(e for e in others if e["loc"][: len(keys)] == start)]
     reasons = " or ".join(e["msg"].removeprefix("Input should be ") for e in same)
     return UsageError(f"{first['input']!r} is not {reasons}", where=place)

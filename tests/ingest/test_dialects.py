@@ -335,6 +335,30 @@ def test_multi_head_attention(extra: str, compare: Compare) -> None:
     compare("MultiHeadAttention", names, feeds, weights, outputs, num_heads=heads, **attributes)
 
 
+@pytest.mark.parametrize("extra", ["none", "mask", "causal", "bias", "past", "sizes"])
+def test_fused_attention(extra: str, compare: Compare) -> None:
+    heads, head, batch, steps = 4, 8, 2, 3
+    width = heads * head
+    value = 2 * width if extra == "sizes" else width
+    past = 4 if extra == "past" else 0
+    feeds = {"x": normal(batch, steps, width)}
+    weights = {"w": normal(width, 2 * width + value), "b": normal(2 * width + value)}
+    more: dict[str, Any] = {"unidirectional": int(extra in ("causal", "past"))}
+    names, outputs = ["x", "w", "b", "", "", ""], ["y"]
+    if extra == "mask":
+        feeds["m"], names[3] = np.array([[1, 1, 1], [1, 1, 0]], np.int32), "m"
+    if extra == "bias":
+        feeds["a"], names[5] = normal(batch, heads, steps, steps), "a"
+    if extra == "past":
+        feeds["p"], names[4] = normal(2, batch, heads, past, head), "p"
+        outputs.append("present")
+    if extra == "sizes":
+        more["qkv_hidden_sizes"] = [width, width, value]
+    while not names[-1]:
+        names.pop()
+    compare("Attention", names, feeds, weights, outputs, num_heads=heads, **more)
+
+
 @pytest.mark.parametrize("interleaved", [0, 1])
 @pytest.mark.parametrize("form", ["flat", "heads", "offset", "partial"])
 def test_rotary_embedding(form: str, interleaved: int, compare: Compare) -> None:

@@ -272,7 +272,7 @@ def test_hostile_graph_is_refused(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000  # kB
     assert caught.value.exit_code == 3
     assert "Traceback" not in str(caught.value)
-    assert str(path) in str(caught.value) or "tensor" in caught.value.where
+    assert str(path) in caught.value.where
 
 
 def test_sound_model_passes(linear: Any, save: Callable[[Any], Path]) -> None:

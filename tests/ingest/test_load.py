@@ -257,3 +257,26 @@ def test_cut_and_spliced(
     data = whole[:start] + put + whole[start + size % 64 :]
     _only_clear_errors(data, tmp_path_factory.mktemp("spliced"))
     _only_clear_errors(whole[:start], tmp_path_factory.mktemp("cut"))
+
+
+@functools.cache
+def dialect() -> tuple[bytes, bytes]:
+    """A small file of pure structure and its data: onnxruntime-genai, com.microsoft operators."""
+    folder = ZOO / "llama_int4"
+    if not folder.is_dir():
+        pytest.skip("the zoo of exported models is not here")
+    return (folder / "model.onnx").read_bytes(), (folder / "model.onnx.data").read_bytes()
+
+
+@settings(max_examples=int(os.environ.get("PFMC_FUZZ", "120")), deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_dialect_file(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
+) -> None:
+    proto, data = dialect()
+    folder = tmp_path_factory.mktemp("dialect")
+    (folder / "model.onnx.data").write_bytes(data)
+    damaged = bytearray(proto)
+    for position, byte in changes:
+        damaged[position % len(damaged)] = byte
+    _only_clear_errors(bytes(damaged), folder)

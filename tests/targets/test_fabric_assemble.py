@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import networkx as nx
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -10,7 +11,7 @@ from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import InternalError
 from pfmc.ir import vocabulary
 from pfmc.netlist import Cell, Module, Netlist, Port, from_json
-from pfmc.targets.fabric.assemble import assemble, block_of
+from pfmc.targets.fabric.assemble import assemble, block_of, blocks
 from pfmc.targets.fabric.work import fabric_ops
 
 
@@ -90,3 +91,72 @@ def test_missing_definition_and_wrong_width_are_refused(decoder: ir.Model) -> No
 
 def test_block_of_a_scope(decoder: ir.Model) -> None:
     assert {block_of(n) for n in decoder.graph} == {"", "model.layers.0", "model.layers.1"}
+
+
+def _value(name: str, shape: list[int | str]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def test_what_blocks_share_belongs_to_none() -> None:
+    x = _value("x", ["batch", "seq", 4])
+    nodes, last = [], x
+    mask = ir.node("Neg", [x], name="mask", outputs=[ir.Value(name="mask")])
+    mask.metadata_props[vocabulary.KEY_SCOPE] = "m.0"
+    constants = []
+    for i in range(3):
+        weight = ir.Value(name=f"w{i}", const_value=ir.tensor(np.ones((4, 4), np.float32)))
+        bias = ir.Value(name=f"b{i}", const_value=ir.tensor(np.zeros(4, np.float32)))
+        constants += [weight, bias]
+        outputs = [ir.Value(name=f"y{i}")]
+        linear = ir.node("FixedLinear", [last, weight, bias], domain="pfmc", name=f"m.{i}.q",
+                         outputs=outputs)  # fmt: skip
+        add = ir.node("Add", [outputs[0], mask.outputs[0]], name=f"add{i}",
+                      outputs=[ir.Value(name=f"h{i}")])  # fmt: skip
+        add.metadata_props[vocabulary.KEY_SCOPE] = f"m.{i}"
+        nodes += [linear, add]
+        last = add.outputs[0]
+    graph = ir.Graph([x], [last], nodes=[mask, *nodes], initializers=constants,
+                     opset_imports={"": 24}, name="g")  # fmt: skip
+    model = ir.Model(graph, ir_version=11)
+    assert list(blocks(model).values()) == ["", "m.0", "m.0", "m.1", "m.1", "m.2", "m.2"]
+    made = {
+        f"m.{i}.q": Module("q", (Port("x", "in", 16), Port("y", "out", 16)), cells=(Cell("c", 1),))
+        for i in range(3)
+    }
+    netlist = assemble(model, made, [])
+    assert netlist.to_text() == GOLDEN
+
+
+GOLDEN = """\
+netlist g
+module block_m
+  in  q_x 16
+  in  add_x1 16
+  out add_y 16
+  net q_y 16
+  inst q: q(x=q_x, y=q_y)
+  inst add: unit_add(x0=q_y, x1=add_x1, y=add_y)
+module q
+  in  x 16
+  out y 16
+  cells c 1
+module unit_add
+  in  x0 16
+  in  x1 16
+  out y 16
+  cells wiring 1 operator="Add"
+module unit_neg
+  in  x 16
+  out y 16
+  cells wiring 1 operator="Neg"
+module g
+  in  x 16
+  out h2 16
+  net mask_y 16
+  net m_0_add_y 16
+  net m_1_add_y 16
+  inst mask: unit_neg(x=x, y=mask_y) node="mask"
+  inst m_0: block_m(q_x=x, add_x1=mask_y, add_y=m_0_add_y) q="m.0.q" scope="m.0"
+  inst m_1: block_m(q_x=m_0_add_y, add_x1=mask_y, add_y=m_1_add_y) q="m.1.q" scope="m.1"
+  inst m_2: block_m(q_x=m_1_add_y, add_x1=mask_y, add_y=h2) q="m.2.q" scope="m.2"
+"""

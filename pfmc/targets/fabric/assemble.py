@@ -2,7 +2,8 @@
 
 Blocks are module scopes up to their first number (``model.layers.0``): names inside a block are
 made relative to it, so six equal decoder layers become one definition with six instances, and
-each instance carries its scope and its layers' names as parameters.
+each instance carries its scope and its layers' names as parameters. What several blocks read and
+no fixed linear made (a mask, rotary tables) belongs to none of them: it stands outside.
 """
 
 from __future__ import annotations
@@ -42,13 +43,12 @@ def assemble(
     """
     builder = _Builder(definitions, {op.name: op for op in fabric})
     builder.measure(model)
-    groups = _groups(model)
-    top = _Scope("top", [n for _, n in groups if n is not None])
-    for block, node in groups:
-        if block is None and node is not None:
-            top.add(builder.node_instance(node, ""))
-        elif block is not None and node is None:
-            top.add(builder.block_instance(block, _members(model, block)))
+    top = _Scope("top")
+    for block, nodes in _groups(model):
+        if block:
+            top.add(builder.block_instance(block, nodes))
+        else:
+            top.add(builder.node_instance(nodes[0], ""))
     netlist = builder.finish(model, top)
     netlist.check()
     return netlist
@@ -56,28 +56,46 @@ def assemble(
 
 def block_of(node: ir.Node) -> str:
     """The block a node belongs to: its scope up to the first number; empty if there is none."""
-    fixed = node.domain == vocabulary.DOMAIN and node.op_type in vocabulary.LINEARS
-    scope = str(node.name) if fixed else node.metadata_props.get(vocabulary.KEY_SCOPE, "")
+    scope = str(node.name) if _fixed(node) else node.metadata_props.get(vocabulary.KEY_SCOPE, "")
     match = _BLOCK.match(scope)
     return match[1] if match else ""
 
 
-def _groups(model: ir.Model) -> list[tuple[str | None, ir.Node | None]]:
-    """In graph order: (None, node) outside blocks, (block, None) at a block's first node."""
-    found: list[tuple[str | None, ir.Node | None]] = []
-    seen: set[str] = set()
+def blocks(model: ir.Model) -> dict[ir.Node, str]:
+    """The block of every node; what several blocks share is moved out of the one that names it."""
+    found = {n: block_of(n) for n in model.graph}
+    made: set[ir.Node] = set()  # nodes with a fixed linear of their own block before them
     for node in model.graph:
-        block = block_of(node)
-        if not block:
-            found.append((None, node))
-        elif block not in seen:
-            seen.add(block)
-            found.append((block, None))
+        before = [v.producer() for v in node.inputs if v is not None]
+        inside = any(p in made and found[p] == found[node] for p in before if p is not None)
+        if inside or _fixed(node):
+            made.add(node)
+    for node in reversed(list(model.graph)):
+        users = {found[u] for v in node.outputs for u, _ in v.uses()}
+        shared = len(users - {found[node]}) > 0
+        if found[node] and node not in made and shared:
+            found[node] = ""
     return found
 
 
-def _members(model: ir.Model, block: str) -> list[ir.Node]:
-    return [n for n in model.graph if block_of(n) == block]
+def _fixed(node: ir.Node) -> bool:
+    return node.domain == vocabulary.DOMAIN and node.op_type in vocabulary.LINEARS
+
+
+def _groups(model: ir.Model) -> list[tuple[str, list[ir.Node]]]:
+    """Blocks with their nodes, and single nodes outside blocks, in graph order."""
+    assigned = blocks(model)
+    found: list[tuple[str, list[ir.Node]]] = []
+    started: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        block = assigned[node]
+        if block and block in started:
+            started[block].append(node)
+            continue
+        found.append((block, [node]))
+        if block:
+            started[block] = found[-1][1]
+    return found
 
 
 @dataclass
@@ -92,7 +110,6 @@ class _Wired:
 @dataclass
 class _Scope:
     name: str
-    nodes: list[ir.Node]
     wired: list[_Wired] = field(default_factory=list)
 
     def add(self, wired: _Wired) -> None:
@@ -145,7 +162,7 @@ class _Builder:
         inputs = [v for v in node.inputs if v is not None and v.const_value is None]
         outputs = [v for v in node.outputs if v.name]
         parameters: dict[str, Parameter] = {}
-        if node.domain == vocabulary.DOMAIN and node.op_type in vocabulary.LINEARS:
+        if _fixed(node):
             module = self.layer(node)
             ins, outs = [_single(module, "in").name], [_single(module, "out").name]
             inputs, stem = inputs[:1], _identifier(module.name)
@@ -173,7 +190,7 @@ class _Builder:
 
     def block_instance(self, block: str, nodes: list[ir.Node]) -> _Wired:
         """One block as an instance of its own, perhaps shared, definition."""
-        scope = _Scope(block, nodes)
+        scope = _Scope(block)
         counts: dict[str, int] = {}
         for node in nodes:
             scope.add(self.node_instance(node, _relative(node, block, counts)))
@@ -254,7 +271,7 @@ def _stem(block: str) -> str:
 
 def _relative(node: ir.Node, block: str, counts: dict[str, int]) -> str:
     """The instance's name inside its block: scope below it, operator and occurrence."""
-    if node.domain == vocabulary.DOMAIN and node.op_type in vocabulary.LINEARS:
+    if _fixed(node):
         stem = str(node.name)[len(block) :]
     else:
         scope = node.metadata_props.get(vocabulary.KEY_SCOPE, "")[len(block) :]

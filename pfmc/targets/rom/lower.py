@@ -39,7 +39,7 @@ def lower(linear: FixedLinear, technology: Technology) -> TiledLinear:
     blocks = images.layer_words(codes, matrix.bits, rows, cols)
     multiplier, shift = requantiser(matrix.scale, linear.input_scale)
     binary = codes.size > technology.number("array.binary_above")
-    tensors = {
+    tensors: dict[str, npt.NDArray[np.generic]] = {
         "multiplier": multiplier,
         "shift": shift,
         "format": np.array([matrix.bits, rows, cols, matrix.group], np.int32),

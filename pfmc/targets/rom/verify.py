@@ -79,13 +79,13 @@ def verify(stored: StoredLinear, hardware: Path) -> list[Check]:
     wrong = int(np.bitwise_count(differing).sum())
     beyond = int(np.count_nonzero(image[:, stored.outputs :]))
     return [
-        Check(f"{stored.name}: ROM image bits that differ from the codes", wrong, 0.0, "bit"),
-        Check(f"{stored.name}: codes that are not zero beyond the outputs", beyond, 0.0),
+        Check("ROM image bits that differ from the codes", wrong, 0.0, "bit"),
+        Check("codes that are not zero beyond the outputs", beyond, 0.0),
         Check(
-            f"{stored.name}: requantiser against scale, relative", _scale_error(stored),
+            "requantiser against scale, relative", _scale_error(stored),
             2.0**-(MULTIPLIER_BITS - 1),
         ),
-        Check(f"{stored.name}: matrix places not covered once by tiles", _uncovered(stored), 0.0),
+        Check("matrix places not covered once by tiles", _uncovered(stored), 0.0),
     ]  # fmt: skip
 
 
