@@ -40,7 +40,7 @@ class Comparison:
                 rows.append((key, *(triple(m) if m else "–" for m in held)))
                 if breakdown:
                     rows += _terms(held)
-        return Table(("metric", *self.names), tuple(rows), self._title(), numbers=True)
+        return Table(("metric", *self.names), tuple(rows), self._title())
 
     def _title(self) -> str:
         workloads = list(dict.fromkeys(str(r["workload"]) for r in self.reports))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,7 +182,10 @@ class _Job:
 
     @property
     def context(self) -> int:
-        return self.options.context or self.plan.workload.context
+        """Positions the cost report assumes: the user's, else the recipe's if the model holds it."""
+        if self.options.context is not None:
+            return self.options.context
+        return min(self.plan.workload.context, _longest(self.loaded.path.parent))
 
     @property
     def tokenizer(self) -> Path | None:
@@ -192,6 +196,16 @@ class _Job:
             return self.options.tokenizer
         beside = self.loaded.path.parent / "tokenizer.json"
         return beside if beside.is_file() else None
+
+
+def _longest(folder: Path) -> int:
+    """Positions that the ``config.json`` beside a model allows; without one, any number."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        known = (config.get(k) for k in ("max_position_embeddings", "n_positions"))
+        return min(int(n) for n in known if n)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return sys.maxsize
 
 
 def _digest(path: Path | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def report(
     workload = Workload("decode" if decodes else "encode", context)
     layers = [r.summary for r in records]
     costs = target.cost(layers, ops, tech, workload)
+    costs = replace(costs, workload=f"{workload.kind}, {context} positions of context")
     return {
         "schema_version": 1,
         "model": _facts(model, records, ops),

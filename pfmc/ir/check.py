@@ -126,12 +126,19 @@ def _illegal(node: ir.Node, stage: Stage) -> Iterator[str]:
     elif legal.standard is not None:
         if node.op_type not in legal.standard:
             yield f"{node.op_type} cannot be built at stage {stage.value}"
-        elif node.op_type == "MatMul" and any(_is_constant(v) for v in node.inputs):
+        elif node.op_type == "MatMul" and any(map(_is_weight, node.inputs, (-1, -2))):
             yield "a product with a constant that did not become a fixed linear"
 
 
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and not value.is_graph_input()
+def _is_weight(value: ir.Value | None, summed: int) -> bool:
+    """Whether a factor is a constant that sums over its axis `summed`.
+
+    An outer product, such as rotary frequencies by positions, sums over one element: no matrix.
+    """
+    if value is None or value.const_value is None or value.is_graph_input():
+        return False
+    shape = value.const_value.shape
+    return len(shape) < 2 or shape[summed] != 1
 
 
 def _illegal_own(node: ir.Node) -> Iterator[str]:

@@ -7,7 +7,19 @@ import onnx_ir as ir
 from pfmc.ir import matcher
 
 _TO_BOOL = frozenset(
-    "Equal Greater GreaterOrEqual Less LessOrEqual And Or Not Xor IsNaN IsInf".split()
+    [
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "And",
+        "Or",
+        "Not",
+        "Xor",
+        "IsNaN",
+        "IsInf",
+    ]
 )
 _TO_INT64 = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
 _LIKE_SECOND = frozenset({"Where", "DequantizeLinear"})

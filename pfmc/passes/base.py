@@ -16,7 +16,8 @@ from pfmc.errors import UsageError, did_you_mean
 from pfmc.ir.vocabulary import Stage
 
 if TYPE_CHECKING:
-    from pfmc.hardware import LayerStatistics, Limits, Noise
+    from pfmc.hardware import LayerStatistics, Limits
+    from pfmc.noise import NoiseModel
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Context:
     """
 
     limits: Limits | None = None
-    noise: Noise | None = None
+    noise: NoiseModel | None = None
     seed: int = 0
     statistics: Mapping[str, LayerStatistics] = field(default_factory=dict)
     progress: Callable[[str], None] = _silent
@@ -162,9 +163,7 @@ def _one_of(given: object, choices: tuple[Any, ...], where: str) -> Any:
         if given == choice or (isinstance(given, str) and given == str(choice)):
             return choice
     known = [str(c) for c in choices]
-    raise UsageError(
-        f"{given!r} is not allowed", where=where, mend=did_you_mean(str(given), known)
-    )
+    raise UsageError(f"{given!r} is not allowed", where=where, mend=did_you_mean(str(given), known))
 
 
 def _plain(given: object, wanted: Any, where: str) -> Any:

@@ -89,7 +89,9 @@ class _Sweep:
         """Replaces the first output of `node` by an initialiser of the same name."""
         old = node.outputs[0]
         if old.is_graph_output():
-            identity = matcher.fresh("Identity", [self._initialiser(f"{old.name}:constant", tensor)])
+            identity = matcher.fresh(
+                "Identity", [self._initialiser(f"{old.name}:constant", tensor)]
+            )
             matcher.substitute(node, [], [identity], old)
             return
         name, metadata = str(old.name), dict(old.metadata_props)

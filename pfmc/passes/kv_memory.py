@@ -15,11 +15,24 @@ from pfmc.passes.base import Context, Declined, Pass, PassResult
 from pfmc.passes.masks import KEY_MASK, KEY_WINDOW, data_inputs
 from pfmc.passes.rules import where
 
-_CARRIERS = frozenset("Cast Unsqueeze Squeeze Reshape Expand Transpose Concat Cos Sin Neg".split())
+_CARRIERS = frozenset(
+    [
+        "Cast",
+        "Unsqueeze",
+        "Squeeze",
+        "Reshape",
+        "Expand",
+        "Transpose",
+        "Concat",
+        "Cos",
+        "Sin",
+        "Neg",
+    ]
+)
 _WITH_CONSTANT = frozenset({"Mul", "Div", "Add", "Sub", "MatMul"})
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The model is left as it is, with the reason."""
 
     def __init__(self, reason: str, at: ir.Node | None = None) -> None:
@@ -53,7 +66,7 @@ class KvMemory(Pass):
         work = _Work(model.graph, self.past)
         try:
             changed = work.run()
-        except _Refused as refusal:
+        except _RefusedError as refusal:
             at = where(refusal.at) if refusal.at is not None else str(model.graph.name or "model")
             return PassResult(model, 0, (Declined(self.name, at, str(refusal)),))
         return PassResult(model, changed, (), {"layers": len(work.attentions)})
@@ -66,10 +79,10 @@ class _Work:
 
     def run(self) -> int:
         if not self.attentions:
-            raise _Refused("the model has no attention")
+            raise _RefusedError("the model has no attention")
         remembering = [n for n in self.attentions if _has_past(n)]
         if remembering and len(remembering) < len(self.attentions):
-            raise _Refused("only some attentions have a memory", self.attentions[0])
+            raise _RefusedError("only some attentions have a memory", self.attentions[0])
         if remembering:
             return self._name_all()
         self._wire()
@@ -86,7 +99,7 @@ class _Work:
                 ("key", "value"), node.inputs[4:6], node.outputs[1:3], strict=True
             ):
                 if source is None or not source.is_graph_input():
-                    raise _Refused("the past is not a graph input", node)
+                    raise _RefusedError("the past is not a graph input", node)
                 pairs.append((source, f"past_key_values.{i}.{kind}"))
                 pairs.append((result, f"present.{i}.{kind}"))
                 if not result.is_graph_output():
@@ -108,7 +121,7 @@ class _Work:
         padding = self._padding()
         starts = list(self._positions(queries))
         if not starts and not self._has_position_input():
-            raise _Refused("the positions are not found: neither counted nor an input")
+            raise _RefusedError("the positions are not found: neither counted nor an input")
         for i, node in enumerate(self.attentions):
             self._remember(i, node, queries)
         self._lengthen(padding, queries)
@@ -119,18 +132,18 @@ class _Work:
         found = set()
         for node in self.attentions:
             if matcher.attribute(node, "is_causal", 0) != 1:
-                raise _Refused("an attention that is not causal: no decoder", node)
+                raise _RefusedError("an attention that is not causal: no decoder", node)
             q, k = self.shapes.shape(node.inputs[0]), self.shapes.shape(node.inputs[1])
             if q is None or k is None or len(q) != 4 or q[2] != k[2]:
-                raise _Refused("an attention of unknown lengths", node)
+                raise _RefusedError("an attention of unknown lengths", node)
             if not isinstance(k[1], int) or not isinstance(k[3], int):
-                raise _Refused("an attention of unknown heads", node)
+                raise _RefusedError("an attention of unknown heads", node)
             found.add(q[2])
         (length,) = found if len(found) == 1 else (None,)
         if isinstance(length, int):
-            raise _Refused("the sequence length is fixed: export with dynamic shapes")
+            raise _RefusedError("the sequence length is fixed: export with dynamic shapes")
         if length is None or len(shapes.symbols_of([length])) != 1:
-            raise _Refused("the sequence length is not one dimension of an input")
+            raise _RefusedError("the sequence length is not one dimension of an input")
         return length
 
     def _padding(self) -> set[ir.Value]:
@@ -144,7 +157,7 @@ class _Work:
                 continue
             readers = data_inputs(mask) if mask is not None else []
             if not known or len(readers) != 1:
-                raise _Refused("an explicit mask, whose meaning with a past is unknown", node)
+                raise _RefusedError("an explicit mask, whose meaning with a past is unknown", node)
             found.update(readers)
         return found
 
@@ -155,7 +168,7 @@ class _Work:
             if node in masks or not self._counts(node, queries):
                 continue
             if (reason := _misuse(node.outputs[0], masks)) is not None:
-                raise _Refused(f"positions are used for more than positions: {reason}", node)
+                raise _RefusedError(f"positions are used for more than positions: {reason}", node)
             yield node
 
     def _counts(self, node: ir.Node, queries: shapes.Poly) -> bool:
@@ -189,10 +202,11 @@ class _Work:
             assert value is not None
             width = (self.shapes.shape(value) or dims)[3]
             batch, heads = dims[0], dims[1]
-            shape = (batch, heads, shapes.symbol(self.past), width)
+            shape: shapes.Dims = (batch, heads, shapes.symbol(self.past), width)
             past.append(self._input(f"past_key_values.{i}.{kind}", shape, value.dtype))
             longer = shapes.add(shapes.symbol(self.past), queries)
-            present.append((f"present.{i}.{kind}", (batch, heads, longer, width), value))
+            now: shapes.Dims = (batch, heads, longer, width)
+            present.append((f"present.{i}.{kind}", now, value))
         inputs = [*node.inputs[:4], *([None] * (4 - len(node.inputs))), *past]
         attributes = {name: found.value for name, found in node.attributes.items()}
         new = matcher.fresh("Attention", inputs, attributes, outputs=3)
@@ -200,9 +214,9 @@ class _Work:
         name = node.name
         matcher.substitute(node, [], [new], node.outputs[0], new.outputs[0])
         new.name = name
-        for value, (title, shape, old) in zip(new.outputs[1:], present, strict=True):
+        for value, (title, dims, old) in zip(new.outputs[1:], present, strict=True):
             value.name = title
-            value.shape = _written(shape)
+            value.shape = _written(dims)
             value.type = ir.TensorType(old.dtype or ir.DataType.FLOAT)
             self._output(value, old)
 

@@ -115,6 +115,30 @@ def _check(found: Match) -> str:
     return ""
 
 
+class OuterProduct(Rule):
+    """Product with a constant over a dimension of one, such as a table of angles.
+
+    ``MatMul(W[..., n, 1], x[..., 1, m])`` or ``MatMul(x[..., n, 1], W[..., 1, m])`` -> ``Mul``
+    """
+
+    patterns = (
+        Op("MatMul", (Constant("weight"), Var("x"))),
+        Op("MatMul", (Var("x"), Constant("weight"))),
+    )
+
+    def check(self, found: Match) -> str:
+        """Checks that one number is summed and that both factors keep their axes."""
+        left = matcher.see_through(found.root.inputs[0]) is found["weight"]
+        shape, rank = shape_of(found["weight"]), matcher.rank(found["x"])
+        if rank is None or min(rank, len(shape)) < 2 or shape[-1 if left else -2] != 1:
+            return "no outer product"
+        return ""
+
+    def rewrite(self, graph: ir.Graph, found: Match) -> None:
+        """Multiplies by broadcasting."""
+        matcher.replace(found, [matcher.fresh("Mul", list(found.root.inputs))])
+
+
 class Gemm(Rule):
     """General matrix product with a constant second factor.
 
@@ -191,12 +215,14 @@ class Linears(Pass):
     def apply(self, model: ir.Model, context: Context) -> PassResult:
         """Applies the rules of this file and of `patches`, then names every fixed linear."""
         graph = model.graph
+        outer, _, products = apply_rules(graph, (OuterProduct(),), self.name)
         rules = (MatMulRight(), MatMulLeft(), Gemm(), patches.PatchEmbedding(), patches.Patches())
         changed, declined, counts = apply_rules(graph, rules, self.name)
         name_layers(graph)
         vocabulary.install(model)
         left = _left_over(graph, self.name)
-        return PassResult(model, changed, tuple(dict.fromkeys((*declined, *left))), {**counts})
+        reasons = tuple(dict.fromkeys((*declined, *left)))
+        return PassResult(model, outer + changed, reasons, {**products, **counts})
 
 
 def _left_over(graph: ir.Graph, pass_name: str) -> tuple[Declined, ...]:

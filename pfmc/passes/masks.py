@@ -24,6 +24,8 @@ KEY_WINDOW = "pfmc.window"
 
 BLOCKED = -1e30
 _LARGEST_LENGTH = 2048
+_FILLS = (-65504.0, -10000.0)
+"""What exporters add to blocked positions that is small enough to be a length: no lengths."""
 _MOST_NODES = 400
 _HEAVY = frozenset({"FixedLinear", "QuantisedLinear", "MatMul", "Gemm", "Conv", "Attention"})
 Allowed = npt.NDArray[np.bool_]
@@ -176,7 +178,8 @@ def _largest_constant(nodes: list[ir.Node]) -> int:
         for value in node.inputs:
             if value is None or value.const_value is None or value.const_value.size > 64:
                 continue
-            array = np.abs(np.asarray(value.const_value.numpy(), np.float64)).reshape(-1)
+            held = np.asarray(value.const_value.numpy(), np.float64).reshape(-1)
+            array = np.abs(held[~np.isin(held, _FILLS)])
             fits = array[np.isfinite(array) & (array < 1 << 24)]
             largest = max(largest, int(fits.max(initial=0)))
     return largest
@@ -273,8 +276,9 @@ def _marks(
             padding = rng.integers(0, 2, shape)
             shown = base[None] & (padding[:, None, :] > 0)
         (array,) = evaluate(nodes, _feeds(inputs, trial, padding), [str(flag.name)])
-        rows = np.asarray(array)[..., 0] if np.asarray(array).ndim == 4 else None
-        if rows is None or not (rows == ~shown.any(-1)[:, None]).all():
+        rows = np.asarray(array)
+        empty = np.logical_not(np.any(shown, axis=-1))
+        if rows.ndim != 4 or not np.all(rows[:, 0, :, 0] == empty):
             return False
     return True
 
@@ -285,7 +289,8 @@ def _feeds(
     """Zeros for inputs read for their shape; ones, or `padding`, for those of integers."""
     feeds: dict[str, npt.NDArray[np.generic]] = {}
     for value in inputs:
-        assert value.shape is not None and value.dtype is not None
+        assert value.shape is not None
+        assert value.dtype is not None
         dims = [shapes.parse(d) for d in value.shape]
         shape = [
             shapes.value_at(

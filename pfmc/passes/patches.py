@@ -20,7 +20,7 @@ def reason(node: ir.Node) -> str:
     weight = matcher.see_through(node.inputs[1])
     if weight is None or not matcher.is_constant(weight) or weight.const_value is None:
         return "convolution with a kernel that is not constant"
-    kernel = [int(n) for n in weight.const_value.shape[2:]]
+    kernel = list(weight.const_value.shape.numpy()[2:])
     steps = list(matcher.attribute(node, "strides", [1] * len(kernel)))
     if matcher.attribute(node, "group", 1) != 1:
         return "grouped convolution"
@@ -47,7 +47,7 @@ def _grid(node: ir.Node, kernel: list[int]) -> list[int]:
 def _cut(graph: ir.Graph, node: ir.Node, kernel: list[int], flat: bool) -> list[ir.Node]:
     """Nodes that give ``[B, *grid, C * prod(kernel)]`` (or ``[B, prod(grid), …]`` if `flat`)."""
     x, dims = node.inputs[0], len(kernel)
-    assert x is not None and node.inputs[1] is not None
+    assert x is not None
     grid, channels = _grid(node, kernel), matcher.static_dim(node.inputs[1], 1) or 0
     out = str(node.outputs[0].name)
     apart = [0, channels, *(n for pair in zip(grid, kernel, strict=True) for n in pair)]
@@ -84,8 +84,9 @@ def _reshape(graph: ir.Graph, x: ir.Value, shape: list[int], name: str) -> ir.No
 
 def _linear(graph: ir.Graph, conv: ir.Node, x: ir.Value, source: ir.Value) -> ir.Node:
     kernel = matcher.see_through(conv.inputs[1])
-    assert kernel is not None and kernel.const_value is not None
-    shape = [int(n) for n in kernel.const_value.shape]
+    assert kernel is not None
+    assert kernel.const_value is not None
+    shape = list(kernel.const_value.shape.numpy())
     outputs, inputs = shape[0], prod(shape[1:])
     weight = weights.derived(graph, kernel, (inputs, outputs), lambda a: a.reshape(outputs, -1).T)
     bias = matcher.see_through(conv.inputs[2]) if len(conv.inputs) > 2 else None
@@ -96,8 +97,9 @@ def _linear(graph: ir.Graph, conv: ir.Node, x: ir.Value, source: ir.Value) -> ir
 
 def _kernel(node: ir.Node) -> list[int]:
     weight = matcher.see_through(node.inputs[1])
-    assert weight is not None and weight.const_value is not None
-    return [int(n) for n in weight.const_value.shape[2:]]
+    assert weight is not None
+    assert weight.const_value is not None
+    return list(weight.const_value.shape.numpy()[2:])
 
 
 class PatchEmbedding(Rule):

@@ -95,6 +95,7 @@ class RmsNormUnscaled(Rule):
     def rewrite(self, graph: ir.Graph, found: Match) -> None:
         """Puts one operator with a scale of ones in place of the group."""
         width = matcher.static_dim(found["x"], -1)
+        assert width is not None
         kind = found["x"].dtype or ir.DataType.FLOAT
         ones = matcher.add_array(graph, f"{found.output.name}:ones", np.ones(width, kind.numpy()))
         node = matcher.fresh("RMSNormalization", [found["x"], ones], _options(found))
@@ -149,7 +150,7 @@ def _over_last_axis(node: ir.Node, rank: int | None) -> bool:
 
 def _is_vector(value: ir.Value, width: int | None) -> bool:
     assert value.const_value is not None
-    shape = tuple(value.const_value.shape)
+    shape = tuple(value.const_value.shape.numpy())
     if not shape or any(length != 1 for length in shape[:-1]):
         return False
     return shape[-1] == width if width is not None else shape[-1] > 1

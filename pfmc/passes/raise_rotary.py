@@ -21,7 +21,9 @@ def _slice(name: str) -> Op:
 
 def _halves() -> tuple[tuple[Op, Op], ...]:
     """The first and the second half of x, as exporters take them."""
-    split = [Op("Split", (_X,), name=n, more=True, output=i) for i, n in enumerate(("left", "right"))]
+    split = [
+        Op("Split", (_X,), name=n, more=True, output=i) for i, n in enumerate(("left", "right"))
+    ]
     return ((_slice("left"), _slice("right")), (split[0], split[1]))
 
 

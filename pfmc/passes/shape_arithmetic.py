@@ -18,9 +18,9 @@ class ShapeArithmetic(Pass):
     """Reads every shape as a polynomial in the input dimensions and writes it in short.
 
     A Reshape whose target is known up to one dimension gets a constant target (0 keeps a
-    dimension); a Reshape or Expand to the shape that it already has goes; integer values are made afresh
-    from ``Shape(graph input)``, so that no activation is read for its shape alone; missing
-    shapes are filled in.
+    dimension); a Reshape or Expand to the shape that it already has goes; integer values are
+    made afresh from ``Shape(graph input)``, so that no activation is read for its shape alone;
+    missing shapes and element types are filled in.
     """
 
     name: ClassVar[str] = "shape-arithmetic"
@@ -39,7 +39,8 @@ class _Work:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph, self.shapes = graph, Shapes(graph)
         self.homes = shapes.homes(graph)
-        self.made: dict[tuple[Dim, ...] | Dim, ir.Value] = {}
+        self.made: dict[Dim, ir.Value] = {}
+        self.said: dict[tuple[bool, Dims], ir.Value] = {}
         self.changed = 0
         self.counts: dict[str, int] = {}
         self.first = next(iter(graph), None)
@@ -134,15 +135,15 @@ class _Work:
 
     def _say(self, content: Dims, rank: int, instead: ir.Value) -> ir.Value:
         """A value of `content`, computed at the head of the graph, made once."""
-        key = ("vector" if rank else "scalar", content)
-        if key in self.made:
-            return self.made[key]  # type: ignore[index]
+        key = (rank > 0, content)
+        if key in self.said:
+            return self.said[key]
         if all(isinstance(d, int) for d in content):
             array = np.asarray(content, np.int64).reshape((len(content),) if rank else ())
             value = matcher.add_array(self.graph, f"{instead.name}:known", array)
         else:
             value = self._compute(content, rank, instead)
-        self.made[key] = value  # type: ignore[index]
+        self.said[key] = value
         return value
 
     def _compute(self, content: Dims, rank: int, instead: ir.Value) -> ir.Value:
@@ -202,7 +203,8 @@ class _Work:
     ) -> ir.Value:
         node = matcher.fresh(op_type, inputs, attributes)
         maker = instead.producer()
-        assert maker is not None and self.first is not None
+        assert maker is not None
+        assert self.first is not None
         matcher.inherit(node, [maker], maker)
         output = node.outputs[0]
         output.name = matcher.unique_name(self.graph, f"{instead.name}:{op_type}")

@@ -52,7 +52,8 @@ def _is_embedding(node: ir.Node) -> bool:
 
 def _mark(embedding: ir.Node, linear: ir.Node, known: _Samples) -> bool:
     table, weight = embedding.inputs[0], linear.inputs[1]
-    assert table is not None and weight is not None
+    assert table is not None
+    assert weight is not None
     turned = _relation(table, weight, known)
     if turned is None:
         return False
@@ -107,4 +108,3 @@ def _equal(table: ir.Value, weight: ir.Value, turned: bool) -> bool:
 def _array(value: ir.Value) -> npt.NDArray[Any]:
     assert value.const_value is not None
     return value.const_value.numpy()
-

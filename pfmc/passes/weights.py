@@ -54,7 +54,7 @@ def zeros(graph: ir.Graph, name: str, length: int, kind: ir.DataType) -> ir.Valu
 def shape_of(value: ir.Value) -> tuple[int, ...]:
     """The shape of a constant."""
     assert value.const_value is not None
-    return tuple(int(n) for n in value.const_value.shape)
+    return tuple(value.const_value.shape.numpy())
 
 
 def kind_of(value: ir.Value) -> ir.DataType:
@@ -73,13 +73,9 @@ def bias_vector(graph: ir.Graph, value: ir.Value, length: int) -> ir.Value | Non
     return derived(graph, value, (length,), lambda a: np.broadcast_to(a.reshape(-1), (length,)))
 
 
-def linear(
-    x: ir.Value, weight: ir.Value, bias: ir.Value, source: ir.Value, at: ir.Node
-) -> ir.Node:
+def linear(x: ir.Value, weight: ir.Value, bias: ir.Value, source: ir.Value, at: ir.Node) -> ir.Node:
     """A fixed linear whose output equals the value called `source` in the source file."""
-    node = matcher.fresh(
-        vocabulary.FIXED_LINEAR, [x, weight, bias], domain=vocabulary.DOMAIN
-    )
+    node = matcher.fresh(vocabulary.FIXED_LINEAR, [x, weight, bias], domain=vocabulary.DOMAIN)
     node.metadata_props[vocabulary.KEY_VALUE] = str(source.name)
     if scope := provenance.scope(at):
         node.metadata_props[vocabulary.KEY_SCOPE] = scope

@@ -57,9 +57,11 @@ def _stepped(value: float, steps: tuple[tuple[float, str], ...]) -> str:
 
 
 def triple(metric: Mapping[str, float | str]) -> str:
-    """``typical  [low – high]`` of a metric of ``report.json``."""
+    """``typical [low – high]`` of a metric of ``report.json``; ends drop a unit they share."""
     unit = str(metric["unit"])
-    low, typical, high = (float(metric[k]) for k in ("low", "typical", "high"))
+    low, typical, high = (quantity(float(metric[k]), unit) for k in ("low", "typical", "high"))
     if low == high:
-        return quantity(typical, unit)
-    return f"{quantity(typical, unit)}  [{quantity(low, unit)} – {quantity(high, unit)}]"
+        return typical
+    shared = " " + typical.partition(" ")[2]
+    ends = [e.removesuffix(shared) if " " in typical else e for e in (low, high)]
+    return f"{typical} [{ends[0]} – {ends[1]}]"

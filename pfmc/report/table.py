@@ -7,6 +7,9 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
+
+_ENDLESS: Final = 10_000
 
 
 @dataclass(frozen=True)
@@ -45,22 +48,23 @@ class Table:
         return [""] * (len(self.headings) - 1)
 
     def show(self) -> None:
-        """Prints it to stdout; plain text without a terminal, without colour under NO_COLOR."""
+        """Prints it to stdout; without a terminal every row is one line, however long."""
         from rich.console import Console
         from rich.table import Table as RichTable
+        from rich.text import Text
 
-        wide = max(80, 20 + 24 * len(self.headings))
-        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else wide)
-        drawn = RichTable(title=self.title or None, title_justify="left", box=None, pad_edge=False)
+        plain = not sys.stdout.isatty()
+        console = Console(file=sys.stdout, width=_ENDLESS if plain else None, markup=False)
+        drawn = RichTable(box=None, pad_edge=False)
         for index, heading in enumerate(self.headings):
-            right = self.numbers and index > 0
-            drawn.add_column(heading, justify="right" if right else "left", overflow="fold")
+            justify: Literal["left", "right"] = "right" if self.numbers and index else "left"
+            drawn.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=plain)
         for row in self.rows:
-            if len(row) > 1:
-                drawn.add_row(*row)
-            else:
+            if len(row) == 1:
                 drawn.add_row(*self._blank(), "")
-                drawn.add_row(f"[bold]{row[0]}[/bold]", *self._blank())
+            drawn.add_row(*(Text(c, style="bold" if len(row) == 1 else "") for c in row))
+        if self.title:
+            console.print(Text(self.title, style="italic"), soft_wrap=True)
         console.print(drawn)
 
 

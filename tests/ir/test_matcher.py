@@ -77,7 +77,7 @@ def test_identity_and_idle_casts_are_looked_through() -> None:
     assert _found(_graph(f"(float[4] x) => (float[4] y) {{ {body} }}"), SILU) == []
 
 
-@pytest.mark.parametrize("value, fits", [(2.0, True), (2.00001, True), (2.1, False)])
+@pytest.mark.parametrize(("value", "fits"), [(2.0, True), (2.00001, True), (2.1, False)])
 def test_scalars_by_value(value: float, fits: bool) -> None:
     graph = _graph("(float[4] x) => (float[4] y) { y = Pow(x, k) }", k=value)
     assert bool(_found(graph, Op("Pow", (Var("x"), Scalar(2.0))))) is fits

@@ -61,7 +61,7 @@ def test_no_quotient_where_none_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "written, read",
+    ("written", "read"),
     [("12", 12), ("batch", "batch"), ("past + 1", "past + 1"), ("1 + past", "past + 1")],
 )
 def test_parse(written: str, read: object) -> None:

@@ -28,7 +28,7 @@ class _Sample(Pass):
 
 
 @pytest.mark.parametrize(
-    "given, wanted",
+    ("given", "wanted"),
     [
         ({"bits": 4}, _Sample(4)),
         ({"bits": "4", "ratio": "0.25"}, _Sample(4, 0.25)),
@@ -46,7 +46,7 @@ def test_options(given: dict[str, object], wanted: _Sample) -> None:
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    ("given", "message"),
     [
         ({"bit": 4}, "did you mean 'bits'?"),
         ({"bits": 4, "mode": "mx"}, "did you mean 'max'?"),

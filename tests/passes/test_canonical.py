@@ -40,7 +40,7 @@ def _structure(counts: dict[str, int]) -> dict[str, int]:
     return {k: n for k, n in counts.items() if k in kinds and n}
 
 
-@pytest.mark.parametrize("name, architecture", FILES)
+@pytest.mark.parametrize(("name", "architecture"), FILES)
 def test_structure(lab: Any, name: str, architecture: str) -> None:
     model = lab.load(name)
     lab.apply(model, lab.canonical)
@@ -53,11 +53,15 @@ def test_layers_are_named_by_their_modules(lab: Any, mode: str) -> None:
     model = lab.load(f"llama__{mode}")
     lab.apply(model, lab.canonical)
     names = {(n.name or "").removeprefix("m.") for n in vocabulary.fixed_linears(model)}
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [
+        f"mlp.{p}_proj" for p in ("gate", "up", "down")
+    ]
     assert names == {f"model.layers.{i}.{p}" for i in (0, 1) for p in parts} | {"lm_head"}
 
 
-def _feeds(model: ir.Model, length: int, padding: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+def _feeds(
+    model: ir.Model, length: int, padding: str
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     rng = np.random.default_rng(length)
     feeds: dict[str, np.ndarray] = {}
     mask = None
@@ -100,7 +104,9 @@ def test_numbers(lab: Any, name: str, padding: str) -> None:
             np.testing.assert_allclose(after[key][rows], array[rows], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama_tied__ts", "llama_tied__t_dyn", "gpt2__h_dyn", "bert_mlm__ts"])
+@pytest.mark.parametrize(
+    "name", ["llama_tied__ts", "llama_tied__t_dyn", "gpt2__h_dyn", "bert_mlm__ts"]
+)
 def test_ties(lab: Any, name: str) -> None:
     model = lab.load(name)
     lab.apply(model, lab.canonical)

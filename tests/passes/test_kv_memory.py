@@ -22,7 +22,9 @@ def _ids(seed: int = 3, batch: int = BATCH) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 100, (batch, LENGTH))
 
 
-def _feeds(model: ir.Model, ids: np.ndarray, padding: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def _feeds(
+    model: ir.Model, ids: np.ndarray, padding: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Feeds of the source model for a whole sequence."""
     feeds = {"input_ids": ids}
     for value in model.graph.inputs:
@@ -116,7 +118,7 @@ def test_a_memory_that_is_there_gets_its_names(lab: Any, name: str, past: int) -
 
 
 @pytest.mark.parametrize(
-    "name, reason",
+    ("name", "reason"),
     [
         ("llama__t_static", "the sequence length is fixed: export with dynamic shapes"),
         ("bert__t_dyn", "an attention that is not causal: no decoder"),

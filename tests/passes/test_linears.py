@@ -58,6 +58,20 @@ def test_column_constant_is_no_bias(lab: Any, floats: Floats) -> None:
     assert lab.counts(model)["Add"] == 1
 
 
+@pytest.mark.parametrize("call", ["MatMul(w, x)", "MatMul(x, w)"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_product_over_one_number_is_no_linear(
+    lab: Any, floats: Floats, rank: int, call: str
+) -> None:
+    shape = (1, 4, 1) if "(w" in call else (1, 1, 4)
+    sizes = "B,1,5" if "(w" in call else "B,5,1"
+    result = "B,4,5" if "(w" in call else "B,5,4"
+    model = lab.make(f"(float[{sizes}] x) => (float[{result}] y) {{ y = {call} }}",
+                     w=floats(*shape[3 - rank :]))  # fmt: skip
+    lab.same(model, [Linears()], {"x": floats(*((2, 1, 5) if "(w" in call else (2, 5, 1)))})
+    assert lab.counts(model) == {"Mul": 1}
+
+
 def test_constant_on_the_left(lab: Any, floats: Floats) -> None:
     text = "(float[B,6,5] x) => (float[B,4,5] y) { y = MatMul(w, x) }"
     model = lab.make(text, w=floats(4, 6))
@@ -69,9 +83,11 @@ def test_constant_on_the_left(lab: Any, floats: Floats) -> None:
 
 @pytest.mark.parametrize("a", [0, 1])
 @pytest.mark.parametrize("b", [0, 1])
-@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize("c", [(), (4,), (1, 4), (1,)])
-def test_gemm(lab: Any, floats: Floats, a: int, b: int, alpha: float, beta: float, c: tuple[int, ...]) -> None:
+def test_gemm(
+    lab: Any, floats: Floats, a: int, b: int, alpha: float, beta: float, c: tuple[int, ...]
+) -> None:
     options = f"transA={a}, transB={b}, alpha={alpha}, beta={beta}"
     shape = "6,3" if a else "3,6"
     text = f"(float[{shape}] x) => (float[3,4] y) {{ y = Gemm<{options}>(x, w, c) }}"
@@ -112,7 +128,8 @@ def test_dequantised_weight(lab: Any, floats: Floats, rng: np.random.Generator) 
 def test_patch_embedding(lab: Any, floats: Floats, image: int, bias: bool) -> None:
     arguments = "x, w, b" if bias else "x, w"
     text = (
-        f"(float[B,3,{image},{image}] x) => (float[B,4,5] y) {{ c = Conv<strides=[4,4]>({arguments})"
+        f"(float[B,3,{image},{image}] x) => (float[B,4,5] y)"
+        f" {{ c = Conv<strides=[4,4]>({arguments})"
         " r = Reshape(c, shape) y = Transpose<perm=[0,2,1]>(r) }"
     )
     arrays = {"w": floats(5, 3, 4, 4), "shape": np.array([-1, 5, 4], np.int64)}
@@ -137,14 +154,16 @@ def test_convolution_as_linear(lab: Any, floats: Floats, kernel: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options, reason",
+    ("options", "reason"),
     [
         ("strides=[1,1]", "overlaps its stride"),
         ("strides=[2,2], pads=[1,1,1,1]", "padding"),
         ("strides=[2,2], group=3", "grouped"),
     ],
 )
-def test_other_convolutions_are_declined(lab: Any, floats: Floats, options: str, reason: str) -> None:
+def test_other_convolutions_are_declined(
+    lab: Any, floats: Floats, options: str, reason: str
+) -> None:
     groups = 3 if "group" in options else 1
     text = f"(float[B,3,6,6] x) => (float[B,C,H,W] y) {{ y = Conv<{options}>(x, w) }}"
     model = lab.make(text, w=floats(3, 3 // groups, 2, 2))

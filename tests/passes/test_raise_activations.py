@@ -32,7 +32,8 @@ ERF = {
     "mul": "d = Mul(ir2, x) f = Erf(d) e = Add(one, f)",
 }
 TANH = {
-    "pow": "p = Pow(x, three) q = Mul(p, c) u = Add(x, q) v = Mul(u, k) t = Tanh(v) e = Add(t, one)",
+    "pow": "p = Pow(x, three) q = Mul(p, c) u = Add(x, q) v = Mul(u, k) t = Tanh(v)"
+    " e = Add(t, one)",
     "products": "s = Mul(x, x) p = Mul(x, s) q = Mul(c, p) u = Add(q, x) v = Mul(k, u) t = Tanh(v)"
     " e = Add(one, t)",
     "factored": "s = Mul(x, x) q = Mul(s, c) r = Add(q, one) u = Mul(x, r) v = Mul(u, k)"
@@ -93,7 +94,9 @@ def test_swiglu(lab: Any, floats: Callable[..., np.ndarray], product: str) -> No
 
 
 def test_broadcast_gate_is_declined(lab: Any, floats: Callable[..., np.ndarray]) -> None:
-    model = _model(lab, "s = Sigmoid(x) w = Mul(x, s) y = Mul(w, up)", "float[B,8] x, float[B,1] up")
+    model = _model(
+        lab, "s = Sigmoid(x) w = Mul(x, s) y = Mul(w, up)", "float[B,8] x, float[B,1] up"
+    )
     declined = lab.same(model, [RaiseActivations()], {"x": floats(4, 8), "up": floats(4, 1)})
     assert [d.reason for d in declined] == ["gate and up differ in width or rank"]
     assert lab.counts(model) == {"Swish": 1, "Mul": 1}

@@ -28,7 +28,9 @@ CAUSAL = (
     "n0 = Shape<start=2, end=3>(q) n = Squeeze(n0) i = Range(zero, n, one) r = Unsqueeze(i, ax1)"
     " ok = LessOrEqual(i, r)"
 )
-WINDOW = f"{CAUSAL.replace(' ok', ' past')} e = Add(r, window) near = Greater(i, e) ok = And(past, near)"
+WINDOW = (
+    f"{CAUSAL.replace(' ok', ' past')} e = Add(r, window) near = Greater(i, e) ok = And(past, near)"
+)
 PADDING = "pb = Cast<to=9>(attention_mask) ok = Unsqueeze(pb, ax12)"
 BOTH = (
     f"{CAUSAL.replace(' ok', ' c')} pb = Cast<to=9>(attention_mask) pu = Unsqueeze(pb, ax12)"
@@ -95,7 +97,10 @@ def test_scalings(lab: Any, floats: Floats, scaling: str) -> None:
 
 
 def test_guard_against_nan_goes(lab: Any, floats: Floats) -> None:
-    body = f"{KT} s = MatMul(q, kt) w = Softmax<axis=-1>(s) t = IsNaN(w) u = Where(t, f0, w) y = MatMul(u, v)"
+    body = (
+        f"{KT} s = MatMul(q, kt) w = Softmax<axis=-1>(s) t = IsNaN(w) u = Where(t, f0, w)"
+        " y = MatMul(u, v)"
+    )
     model = _model(lab, body)
     lab.same(model, PASSES, _feeds(floats))
     assert lab.counts(model) == {"Attention": 1}
@@ -121,7 +126,7 @@ MASKED = "float[B,4,S,8] q, float[B,4,S,8] k, float[B,4,S,8] v, int64[B,S] atten
 
 
 @pytest.mark.parametrize(
-    "mask, kind, causal, window",
+    ("mask", "kind", "causal", "window"),
     [
         (PADDING, "padding", 0, None),
         (BOTH, "causal+padding", 1, None),
@@ -147,7 +152,10 @@ def test_a_window_is_not_taken_for_causal(lab: Any, floats: Floats) -> None:
     model = _model(lab, _masked(WINDOW), window=np.array(-300, np.int64))
     lab.same(model, PASSES, _feeds(floats, length=400))
     node = _attention(model)
-    assert (node.metadata_props["pfmc.mask"], node.metadata_props["pfmc.window"]) == ("explicit", "300")
+    assert (node.metadata_props["pfmc.mask"], node.metadata_props["pfmc.window"]) == (
+        "explicit",
+        "300",
+    )
     assert node.inputs[3] is not None
 
 
@@ -193,7 +201,8 @@ def test_a_mask_that_twists_its_input_stays(lab: Any, floats: Floats) -> None:
 GROUPED = (
     "u = Unsqueeze(k, {axis}) e = Expand(u, to) kk = Reshape(e, flat)"
     " u2 = Unsqueeze(v, {axis}) e2 = Expand(u2, to) vv = Reshape(e2, flat)"
-    " kt = Transpose<perm=[0,1,3,2]>(kk) s = MatMul(q, kt) w = Softmax<axis=-1>(s) y = MatMul(w, vv)"
+    " kt = Transpose<perm=[0,1,3,2]>(kk) s = MatMul(q, kt) w = Softmax<axis=-1>(s)"
+    " y = MatMul(w, vv)"
 )
 
 
@@ -224,7 +233,10 @@ def test_interleaved_heads_are_not_taken_for_groups(lab: Any, floats: Floats) ->
 
 
 def test_keys_transposed_with_the_split_into_heads(lab: Any, floats: Floats) -> None:
-    body = "kt = Transpose<perm=[0,2,3,1]>(k) s = MatMul(q, kt) w = Softmax<axis=-1>(s) y = MatMul(w, v)"
+    body = (
+        "kt = Transpose<perm=[0,2,3,1]>(k) s = MatMul(q, kt) w = Softmax<axis=-1>(s)"
+        " y = MatMul(w, v)"
+    )
     model = _model(lab, body, "float[B,4,S,8] q, float[B,S,4,8] k, float[B,4,S,8] v")
     feeds = _feeds(floats)
     feeds["k"] = feeds["k"].transpose(0, 2, 1, 3).copy()
@@ -241,8 +253,7 @@ def test_weights_that_are_read_elsewhere_are_declined(lab: Any, floats: Floats) 
 
 def test_past_keys_and_values_become_the_operators_own(lab: Any, floats: Floats) -> None:
     inputs = (
-        "float[B,4,S,8] q, float[B,4,S,8] k, float[B,4,S,8] v,"
-        " float[B,4,P,8] pk, float[B,4,P,8] pv"
+        "float[B,4,S,8] q, float[B,4,S,8] k, float[B,4,S,8] v, float[B,4,P,8] pk, float[B,4,P,8] pv"
     )
     body = (
         "kk = Concat<axis=2>(pk, k) vv = Concat<axis=-2>(pv, v) kt = Transpose<perm=[0,1,3,2]>(kk)"
@@ -253,6 +264,13 @@ def test_past_keys_and_values_become_the_operators_own(lab: Any, floats: Floats)
     feeds = _feeds(floats, length=2) | {"pk": floats(2, 4, 3, 8), "pv": floats(2, 4, 3, 8)}
     lab.same(model, PASSES, feeds)
     node = _attention(model)
-    assert [v.name if v is not None else None for v in node.inputs] == ["q", "k", "v", None, "pk", "pv"]
+    assert [v.name if v is not None else None for v in node.inputs] == [
+        "q",
+        "k",
+        "v",
+        None,
+        "pk",
+        "pv",
+    ]
     assert [v.name for v in node.outputs] == ["y", "kk", "vv"]
     assert lab.counts(model) == {"Attention": 1}

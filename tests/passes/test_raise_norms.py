@@ -40,7 +40,9 @@ def _rms(square: str, root: str, scale: str = "y = Mul(g, n)") -> str:
 @pytest.mark.parametrize("square", SQUARES)
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("scale", ["y = Mul(g, n)", "y = Mul(n, g)"])
-def test_rms(lab: Any, floats: Callable[..., np.ndarray], square: str, root: str, scale: str) -> None:
+def test_rms(
+    lab: Any, floats: Callable[..., np.ndarray], square: str, root: str, scale: str
+) -> None:
     text = _rms(square, root, scale)
     model = lab.make(text, g=floats(16), **_used(text))
     assert lab.same(model, [RaiseNorms()], {"x": floats(2, 3, 16)}) == []
@@ -66,7 +68,9 @@ def test_mean_over_another_axis_is_declined(lab: Any, floats: Callable[..., np.n
 
 
 def test_a_foreign_reader_inside_forbids(lab: Any, floats: Callable[..., np.ndarray]) -> None:
-    text = _rms("pow", "reciprocal").replace("=> (float[B,S,16] y)", "=> (float[B,S,16] y, float[B,S,1] i)")
+    text = _rms("pow", "reciprocal").replace(
+        "=> (float[B,S,16] y)", "=> (float[B,S,16] y, float[B,S,1] i)"
+    )
     model = lab.make(text, g=floats(16), **_used(text))
     lab.same(model, [RaiseNorms()], {"x": floats(2, 3, 16)})
     assert lab.counts(model)["RMSNormalization"] == 0
@@ -84,7 +88,9 @@ def test_half_precision_with_casts(lab: Any, floats: Callable[..., np.ndarray]) 
 
 
 @given(width=st.integers(2, 40), eps=st.sampled_from([1e-6, 1e-5, 1e-12]))
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @pytest.mark.parametrize("root", ["divide", "reciprocal"])
 def test_layer_norm(lab: Any, root: str, width: int, eps: float) -> None:
     rng = np.random.default_rng(width)

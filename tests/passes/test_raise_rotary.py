@@ -18,7 +18,9 @@ FAR = np.iinfo(np.int64).max
 def _text(width: int, take: str) -> str:
     body = f"{take} m = Neg(r) t = Concat<axis=-1>(m, l) p = Mul(x, c) q = Mul(t, s) y = Add(p, q)"
     shape = f"float[B,2,S,{width}]"
-    return f"({shape} x, float[1,1,S,{width}] c, float[1,1,S,{width}] s) => ({shape} y) {{ {body} }}"
+    return (
+        f"({shape} x, float[1,1,S,{width}] c, float[1,1,S,{width}] s) => ({shape} y) {{ {body} }}"
+    )
 
 
 SLICES = "l = Slice(x, zero, half, axis, one) r = Slice(x, half, far, axis, one)"
@@ -31,12 +33,17 @@ def _numbers(width: int, half: int, axis: int = 3) -> dict[str, np.ndarray]:
 
 
 @given(half=st.integers(1, 8), axis=st.sampled_from([3, -1]))
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 def test_slices(lab: Any, half: int, axis: int) -> None:
     rng = np.random.default_rng(half)
     width = 2 * half
     model = lab.make(_text(width, SLICES), **_numbers(width, half, axis))
-    x, c, s = (rng.standard_normal(d).astype(np.float32) for d in [(2, 2, 3, width)] + [(1, 1, 3, width)] * 2)
+    x, c, s = (
+        rng.standard_normal(d).astype(np.float32)
+        for d in [(2, 2, 3, width)] + [(1, 1, 3, width)] * 2
+    )
     assert lab.same(model, [RaiseRotary()], {"x": x, "c": c, "s": s}) == []
     assert lab.counts(model) == {"Rotary": 1}
     assert [v.name for v in model.graph[0].inputs] == ["x", "c", "s"]

@@ -17,8 +17,8 @@ PASSES = (ShapeArithmetic(), Fold())
 
 def test_reshape_by_computed_lengths_becomes_constant(lab: Any, floats: Floats) -> None:
     body = (
-        "n = Shape(x) b = Gather(n, zero) s = Gather(n, one) b1 = Unsqueeze(b, ax) s1 = Unsqueeze(s, ax)"
-        " to = Concat<axis=0>(b1, s1, minus, eight) y = Reshape(x, to)"
+        "n = Shape(x) b = Gather(n, zero) s = Gather(n, one) b1 = Unsqueeze(b, ax)"
+        " s1 = Unsqueeze(s, ax) to = Concat<axis=0>(b1, s1, minus, eight) y = Reshape(x, to)"
     )
     model = lab.make(
         f"(float[B,S,32] x) => (float[B,S,4,8] y) {{ {body} }}",

@@ -84,6 +84,8 @@ def test_missing_definition_and_wrong_width_are_refused(decoder: ir.Model) -> No
     made = definitions(decoder)
     with pytest.raises(InternalError, match="has no definition"):
         assemble(decoder, {}, fabric)
+    with pytest.raises(InternalError, match="no fabric operation"):
+        assemble(decoder, made, fabric[1:])
     wide = Module("w", (Port("x", "in", 9), Port("y", "out", 24)), cells=(Cell("weights", 1),))
     with pytest.raises(InternalError, match="width mismatch"):
         assemble(decoder, {**made, "model.layers.0.attn.q": wide}, fabric)
@@ -123,7 +125,7 @@ def test_what_blocks_share_belongs_to_none() -> None:
         f"m.{i}.q": Module("q", (Port("x", "in", 16), Port("y", "out", 16)), cells=(Cell("c", 1),))
         for i in range(3)
     }
-    netlist = assemble(model, made, [])
+    netlist = assemble(model, made, fabric_ops(model, probe_shapes(model)))
     assert netlist.to_text() == GOLDEN
 
 
@@ -144,11 +146,11 @@ module unit_add
   in  x0 16
   in  x1 16
   out y 16
-  cells wiring 1 operator="Add"
+  cells elementwise 1 adds=4.0 moved_values=4.0 operator="Add"
 module unit_neg
   in  x 16
   out y 16
-  cells wiring 1 operator="Neg"
+  cells elementwise 1 adds=4.0 moved_values=4.0 operator="Neg"
 module g
   in  x 16
   out h2 16

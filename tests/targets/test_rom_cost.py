@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 import pytest
 
@@ -15,6 +17,7 @@ from pfmc.targets.rom import cost, validation
 from pfmc.targets.rom.lower import work
 
 TARGET = targets.get("rom")
+ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 
 
 def layer(inputs: int, outputs: int, bits: int = 4, name: str = "l") -> LayerSummary:
@@ -136,3 +139,33 @@ def test_public_shapes_have_their_parameters() -> None:
     assert llama == pytest.approx(8.03e9, rel=0.001)
     oss = sum(i * o for _, i, o in validation.GPT_OSS_120B.linears()) + 2880 * 201088
     assert oss == pytest.approx(116.8e9, rel=0.002)
+
+
+@pytest.mark.skipif(not ZOO.is_dir(), reason="needs the zoo beside the repository")
+def test_public_shapes_have_the_fabric_of_a_real_graph() -> None:
+    """The fabric written down from a public shape equals the one counted from such a model."""
+    from pfmc import ingest
+    from pfmc.passes import pipeline, recipe
+    from pfmc.passes.base import Context
+
+    plan = recipe.load("rom", ())
+    loaded = ingest.load(ZOO / "llama__t_kv.onnx")
+    context = Context(limits=TARGET.limits(technology.load("rom")), seed=0)
+    model = pipeline.canonicalise(loaded.model, plan.passes, context, pipeline.Settings()).model
+    shape = {str(n.name): n.inputs[1].const_value.shape for n in vocabulary.fixed_linears(model)}
+    hidden = next(int(s[1]) for n, s in shape.items() if n.endswith("gate_proj"))
+    tiny = validation.Decoder(2, 32, 4, 2, 8, hidden, 128)
+    counted = fabric_ops(model, probe_shapes(model))
+    for kind in ("norm", "rotary", "attention", "elementwise", "embedding", "sampling"):
+        ours, theirs = totals(tiny.fabric(), kind), totals(counted, kind)
+        ours.pop("stored_values", None)
+        theirs.pop("stored_values", None)
+        assert ours == theirs, kind
+
+
+def totals(ops: list[FabricOp], kind: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for op in ops:
+        for key, count in op.work.items() if op.kind == kind else ():
+            found[key] = found.get(key, 0.0) + count
+    return found

@@ -8,6 +8,7 @@ no fixed linear made (a mask, rotary tables) belongs to none of them: it stands 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,9 +40,10 @@ def assemble(
         fabric: `pfmc.targets.fabric.work.fabric_ops` of the same model; they become the cells.
 
     Raises:
-        InternalError: a fixed linear has no definition, or the result is not sound.
+        InternalError: a fixed linear has no definition, a node no fabric operation, or the result
+            is not sound.
     """
-    builder = _Builder(definitions, {op.name: op for op in fabric})
+    builder = _Builder(definitions, _work(model, fabric))
     builder.measure(model)
     top = _Scope("top")
     for block, nodes in _groups(model):
@@ -52,6 +54,15 @@ def assemble(
     netlist = builder.finish(model, top)
     netlist.check()
     return netlist
+
+
+def _work(model: ir.Model, fabric: Sequence[FabricOp]) -> dict[ir.Node, FabricOp]:
+    """The operation of each dynamic node; both are in graph order."""
+    nodes = [n for n in model.graph if not _fixed(n)]
+    for node, op in itertools.zip_longest(nodes, fabric[: len(nodes)]):
+        if node is None or op is None or op.name != str(node.name):
+            raise InternalError("a node has no fabric operation", where=str(node and node.name))
+    return dict(zip(nodes, fabric, strict=False))
 
 
 def block_of(node: ir.Node) -> str:
@@ -111,13 +122,21 @@ class _Wired:
 class _Scope:
     name: str
     wired: list[_Wired] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
 
     def add(self, wired: _Wired) -> None:
+        """Takes an instance in, under a name of its own."""
+        name, number = wired.instance.name, 1
+        while name in self.taken:
+            number += 1
+            name = f"{wired.instance.name}_{number}"
+        self.taken.add(name)
+        wired.instance = replace(wired.instance, name=name)
         self.wired.append(wired)
 
 
 class _Builder:
-    def __init__(self, definitions: Mapping[str, Module], work: Mapping[str, FabricOp]) -> None:
+    def __init__(self, definitions: Mapping[str, Module], work: Mapping[ir.Node, FabricOp]) -> None:
         self.layers, self.work = definitions, work
         self.modules: dict[str, Module] = {}
         self.by_digest: dict[str, str] = {}
@@ -181,11 +200,10 @@ class _Builder:
         self, node: ir.Node, ins: list[str], inputs: list[ir.Value],
         outs: list[str], outputs: list[ir.Value],
     ) -> Module:  # fmt: skip
-        op = self.work.get(str(node.name))
-        kind, work = (op.kind, dict(op.work)) if op else ("wiring", {})
+        op = self.work[node]
         ports = [Port(n, "in", self.bits(v)) for n, v in zip(ins, inputs, strict=True)]
         ports += [Port(n, "out", self.bits(v)) for n, v in zip(outs, outputs, strict=True)]
-        cell = Cell(kind, 1, {"operator": node.op_type, **work})
+        cell = Cell(op.kind, 1, {"operator": node.op_type, **op.work})
         return Module("", tuple(ports), (), (), (cell,))
 
     def block_instance(self, block: str, nodes: list[ir.Node]) -> _Wired:

@@ -7,57 +7,28 @@ from typing import Final
 Row = tuple[str, dict[str, float]]
 """Kind of the operation, and its work per element."""
 
+_SUMS = """
+Add Sub Neg Abs Max Min Sum Clip Relu Where Round Floor Ceil Sign PRelu LeakyRelu ThresholdedRelu
+ScatterElements ScatterND Trilu Mod
+"""
+_TABLES = """
+Gelu Swish Sigmoid Tanh Erf Exp Log Sqrt Reciprocal Pow Softplus Softsign Elu Selu Celu Mish
+"""
+_REDUCTIONS = """
+ReduceSum ReduceMean ReduceMax ReduceMin ArgMax ArgMin TopK GlobalAveragePool GlobalMaxPool
+AveragePool MaxPool CumSum
+"""
+
 PER_OUTPUT: Final[dict[str, Row]] = {
     # sums and comparisons
-    **{
-        op: ("elementwise", {"adds": 1.0})
-        for op in (
-            "Add",
-            "Sub",
-            "Neg",
-            "Abs",
-            "Max",
-            "Min",
-            "Sum",
-            "Clip",
-            "Relu",
-            "Where",
-            "Round",
-            "Floor",
-            "Ceil",
-            "Sign",
-            "PRelu",
-            "LeakyRelu",
-            "ThresholdedRelu",
-        )
-    },
+    **{op: ("elementwise", {"adds": 1.0}) for op in _SUMS.split()},
     # products; a quotient is a reciprocal table and a product
     "Mul": ("elementwise", {"muls": 1.0}),
     "Div": ("elementwise", {"muls": 1.0, "table_reads": 1.0}),
     "HardSwish": ("elementwise", {"muls": 1.0, "adds": 1.0}),
     "HardSigmoid": ("elementwise", {"muls": 1.0, "adds": 1.0}),
     # functions of one number: 256-entry tables
-    **{
-        op: ("elementwise", {"table_reads": 1.0})
-        for op in (
-            "Gelu",
-            "Swish",
-            "Sigmoid",
-            "Tanh",
-            "Erf",
-            "Exp",
-            "Log",
-            "Sqrt",
-            "Reciprocal",
-            "Pow",
-            "Softplus",
-            "Softsign",
-            "Elu",
-            "Selu",
-            "Celu",
-            "Mish",
-        )
-    },
+    **{op: ("elementwise", {"table_reads": 1.0}) for op in _TABLES.split()},
     "SwiGLU": ("elementwise", {"table_reads": 1.0, "muls": 1.0}),
     "Rotary": ("rotary", {"muls": 2.0, "adds": 1.0}),
     # x -> |x| peak, reciprocal, product, rounding; static: product and rounding
@@ -79,23 +50,7 @@ PER_OUTPUT: Final[dict[str, Row]] = {
 """Operators whose work grows with the elements of their first output."""
 
 PER_INPUT: Final[dict[str, Row]] = {
-    **{
-        op: ("elementwise", {"adds": 1.0})
-        for op in (
-            "ReduceSum",
-            "ReduceMean",
-            "ReduceMax",
-            "ReduceMin",
-            "ArgMax",
-            "ArgMin",
-            "TopK",
-            "GlobalAveragePool",
-            "GlobalMaxPool",
-            "AveragePool",
-            "MaxPool",
-            "CumSum",
-        )
-    },
+    **{op: ("elementwise", {"adds": 1.0}) for op in _REDUCTIONS.split()},
     "ReduceSumSquare": ("elementwise", {"adds": 1.0, "muls": 1.0}),
     "ReduceL2": ("elementwise", {"adds": 1.0, "muls": 1.0}),
 }

@@ -35,8 +35,8 @@ Shapes = Mapping[str, tuple[ShapeProbe, ...]]
 def fabric_ops(model: ir.Model, shapes: Shapes) -> list[FabricOp]:
     """The dynamic operations of `model` and their work, in graph order.
 
-    Fixed linears are left out: they are the target's. Where the model is a decoder, each real
-    output that is not KV memory adds a ``sampling`` operation (argmax over its last axis).
+    Fixed linears are left out: they are the target's. Where the model is a decoder, each output
+    that a fixed linear makes adds a ``sampling`` operation (argmax over its last axis).
 
     Args:
         model: CANONICAL or QUANTISED; batch 1.
@@ -81,11 +81,11 @@ def _unknown_error(nodes: list[ir.Node]) -> InputError:
 
 def _positions(model: ir.Model, shapes: Shapes) -> int | None:
     """Positions of a model of fixed size: the commonest rows of its fixed linears; else None."""
-    probes = [shapes[v] for n in vocabulary.fixed_linears(model) if (v := _name(n, 0)) in shapes]
-    if not probes or any(p[0].shape != p[-1].shape for p in probes):
+    if any(p[0].shape != p[-1].shape for p in shapes.values()):
         return None
+    probes = [shapes[v] for n in vocabulary.fixed_linears(model) if (v := _name(n, 0)) in shapes]
     rows = [math.prod(p[0].shape[:-1]) for p in probes]
-    return max(sorted(set(rows)), key=rows.count)
+    return max(sorted(set(rows)), key=rows.count, default=None)
 
 
 def _name(node: ir.Node, index: int) -> str:
@@ -268,11 +268,21 @@ def _size(value: ir.Value) -> int:
 def _sampling(model: ir.Model, counter: _Counter) -> Iterable[FabricOp]:
     attentions = [n for n in model.graph if n.op_type == "Attention"]
     causal = any(_attribute(n, "is_causal") or len(n.inputs) > 4 for n in attentions)
-    memory = {v.name for n in attentions for v in n.outputs[1:]}
     for value in model.graph.outputs if causal else ():
-        is_memory = value.name in memory or len(counter.probes(value)[0].shape) > 3
-        if counter.floating(value) and not is_memory:
+        if _from_linear(value) and len(counter.probes(value)[0].shape) <= 3:
             work = _spread({"adds": counter.grow(value)})
             yield FabricOp(
                 f"sample.{value.name}", "sampling", "", (), {k: v for k, v in work.items() if v}
             )
+
+
+def _from_linear(value: ir.Value | None) -> bool:
+    """Whether a fixed linear made the value, but for wiring and a constant that is added."""
+    node = value.producer() if value is not None else None
+    if node is None or _fixed(node):
+        return node is not None
+    if node.op_type == "Add":
+        return any(_from_linear(v) for v in node.inputs) and any(
+            v is not None and v.const_value is not None for v in node.inputs
+        )
+    return node.op_type in WIRING and _from_linear(node.inputs[0] if node.inputs else None)
