@@ -261,13 +261,20 @@ def _batches(
     if lead is None:
         return list(calibrate.batches(model, plan.windows, plan.length, plan.seed))
     decoder = Decoder(Student(model).eval(), machine.tokenizer)
-    length = calibrate.fitting_length(decoder, plan.length)
-    if plan.text is not None:
-        ids = _windows(machine, plan.text, length, plan.windows)
-    else:
-        ids = self_generated(decoder, plan.windows, length, plan.seed)
+    length = lead.length or calibrate.fitting_length(decoder, plan.length)
     size = lead.batch or _BATCH
-    return [feeds_of(lead, ids[i : i + size]) for i in range(0, len(ids) - len(ids) % size, size)]
+    count = -(-plan.windows // size) * size if lead.batch else plan.windows
+    if plan.text is not None:
+        ids = _windows(machine, plan.text, length, count)
+    else:
+        ids = self_generated(decoder, count, length, plan.seed)
+    whole = len(ids) - len(ids) % lead.batch if lead.batch else len(ids)
+    if not whole:
+        raise UsageError(
+            f"the model takes {size} windows of {length} tokens at once; there are {len(ids)}",
+            mend="give a longer text",
+        )
+    return [feeds_of(lead, ids[i : i + size]) for i in range(0, whole, size)]
 
 
 def _windows(machine: Machine, text: Path, length: int, count: int) -> Array:

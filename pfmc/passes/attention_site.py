@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ from pfmc.ir import matcher, shapes
 from pfmc.ir.shapes import Dims, Shapes
 
 Numbered: TypeAlias = npt.NDArray[np.int64]
+Turn: TypeAlias = Callable[[Numbered], Numbered]
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ _MOVES = frozenset({"Reshape", "Transpose", "Expand", "Unsqueeze", "Squeeze", "I
 
 
 def _replay(
-    array: npt.NDArray[np.int64], nodes: tuple[ir.Node, ...], known: Shapes, sizes: dict[str, int]
-) -> npt.NDArray[np.int64] | None:
+    array: Numbered, nodes: tuple[ir.Node, ...], known: Shapes, sizes: dict[str, int]
+) -> Numbered | None:
     for node in nodes:
         dims = known.shape(node.outputs[0])
         if dims is None:
@@ -240,9 +241,8 @@ def _instances(dims: list[Dims]) -> Iterator[dict[str, int]]:
         yield {name: numbers[i % len(numbers)] for i, name in enumerate(names)}
 
 
-def _root(value: ir.Value, turn: object, heads: int, known: Shapes) -> ir.Value | None:
+def _root(value: ir.Value, turn: Turn, heads: int, known: Shapes) -> ir.Value | None:
     """The earliest ``[B, G, T, D]`` of which `value` is ``turn(heads repeated)``, if one is."""
-    assert callable(turn)
     best = None
     for candidate, nodes in _chain(value):
         dims = known.shape(candidate)
@@ -267,9 +267,8 @@ def _is_repetition(
     known: Shapes,
     sizes: dict[str, int],
     times: int,
-    turn: object,
+    turn: Turn,
 ) -> bool:
-    assert callable(turn)
     shape = [shapes.value_at(d, sizes) for d in dims]
     numbered = np.arange(int(np.prod(shape))).reshape(shape)
     moved = _replay(numbered, nodes, known, sizes)

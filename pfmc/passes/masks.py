@@ -24,8 +24,6 @@ KEY_WINDOW = "pfmc.window"
 
 BLOCKED = -1e30
 _LARGEST_LENGTH = 2048
-_FILLS = (-65504.0, -10000.0)
-"""What exporters add to blocked positions that is small enough to be a length: no lengths."""
 _MOST_NODES = 400
 _HEAVY = frozenset({"FixedLinear", "QuantisedLinear", "MatMul", "Gemm", "Conv", "Attention"})
 Allowed = npt.NDArray[np.bool_]
@@ -178,8 +176,7 @@ def _largest_constant(nodes: list[ir.Node]) -> int:
         for value in node.inputs:
             if value is None or value.const_value is None or value.const_value.size > 64:
                 continue
-            held = np.asarray(value.const_value.numpy(), np.float64).reshape(-1)
-            array = np.abs(held[~np.isin(held, _FILLS)])
+            array = np.abs(np.asarray(value.const_value.numpy(), np.float64)).reshape(-1)
             fits = array[np.isfinite(array) & (array < 1 << 24)]
             largest = max(largest, int(fits.max(initial=0)))
     return largest

@@ -155,7 +155,8 @@ def test_public_shapes_have_the_fabric_of_a_real_graph() -> None:
     shape = {str(n.name): n.inputs[1].const_value.shape for n in vocabulary.fixed_linears(model)}
     hidden = next(int(s[1]) for n, s in shape.items() if n.endswith("gate_proj"))
     tiny = validation.Decoder(2, 32, 4, 2, 8, hidden, 128)
-    counted = fabric_ops(model, probe_shapes(model))
+    ops = fabric_ops(model, probe_shapes(model))
+    counted = [op for op in ops if "Where" not in op.name]  # this file has a padding mask besides
     for kind in ("norm", "rotary", "attention", "elementwise", "embedding", "sampling"):
         ours, theirs = totals(tiny.fabric(), kind), totals(counted, kind)
         ours.pop("stored_values", None)
