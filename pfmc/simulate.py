@@ -76,20 +76,21 @@ class Machine:
             if name not in wanted:
                 raise UsageError(f"the model has no input {name!r}", mend=did_you_mean(name, wanted))
         checked: dict[str, Array] = {}
+        rows = next((v.shape[0] for v in feeds.values() if v.ndim), 1)
         for name, value in wanted.items():
             given = feeds.get(name)
-            given = _empty_memory(value) if given is None else given
+            given = _empty_memory(value, rows) if given is None else given
             if given is None:
                 raise UsageError(f"the input {name!r} is missing", mend=f"it is {_describe(value)}")
             checked[name] = _cast(name, given, value)
         return checked
 
 
-def _empty_memory(value: ir.Value) -> Array | None:
-    """A KV memory with nothing in it yet, for an input that nobody gave."""
+def _empty_memory(value: ir.Value, rows: int) -> Array | None:
+    """A KV memory of `rows` sequences with nothing in it yet, for an input that nobody gave."""
     if not str(value.name).startswith("past") or value.shape is None:
         return None
-    dims = [d if isinstance(d, int) else (1 if i == 0 else 0) for i, d in enumerate(value.shape)]
+    dims = [d if isinstance(d, int) else (0 if i else rows) for i, d in enumerate(value.shape)]
     return np.zeros(dims, np.float32)
 
 

@@ -261,7 +261,9 @@ def _batches(
     if lead is None:
         return list(calibrate.batches(model, plan.windows, plan.length, plan.seed))
     decoder = Decoder(Student(model).eval(), machine.tokenizer)
-    length = lead.length or calibrate.fitting_length(decoder, plan.length)
+    length = calibrate.fitting_length(decoder, plan.length)
+    if lead.length and not lead.memories:  # fixed: no shorter windows, no longer ones
+        length = lead.length
     size = lead.batch or _BATCH
     count = -(-plan.windows // size) * size if lead.batch else plan.windows
     if plan.text is not None:
@@ -286,18 +288,28 @@ def _windows(machine: Machine, text: Path, length: int, count: int) -> Array:
     return windows_of_file(text, machine.tokenizer, length, count)
 
 
-def feeds_of(lead: Drive, ids: Array) -> dict[str, Array]:
-    """Every graph input of a language model for tokens ``ids[B, S]`` that nothing precedes."""
+def feeds_of(
+    lead: Drive, ids: Array, held: Mapping[str, Array] | None = None, start: int = 0
+) -> dict[str, Array]:
+    """Every graph input of a language model for tokens ``ids[B, S]``.
+
+    Args:
+        lead: how it is driven; ids: the tokens.
+        held: its memory after the `start` tokens before them; empty by default.
+        start: position of the first token.
+    """
     batch, length = ids.shape
     feeds: dict[str, Array] = {lead.ids: ids}
     if lead.mask:
-        feeds[lead.mask] = np.ones((batch, length), np.float32 if lead.mask_float else np.int64)
+        kind = np.float32 if lead.mask_float else np.int64
+        feeds[lead.mask] = np.ones((batch, start + length), kind)
     if lead.positions:
-        feeds[lead.positions] = np.tile(np.arange(length), (batch, 1))
+        feeds[lead.positions] = np.tile(np.arange(start, start + length), (batch, 1))
     if lead.types:
         feeds[lead.types] = np.zeros((batch, length), np.int64)
     for memory in lead.memories:
-        feeds[memory.past] = np.zeros((batch, memory.heads, 0, memory.width), np.float32)
+        empty = np.zeros((batch, memory.heads, 0, memory.width), np.float32)
+        feeds[memory.past] = (held or {}).get(memory.past, empty)
     return feeds
 
 
@@ -311,6 +323,8 @@ def _layers(
         for n in vocabulary.fixed_linears(machine.student.model)
         if vocabulary.KEY_VALUE in n.metadata_props
     }
+    if lead is not None and lead.memories and lead.length:
+        feeds = feeds_of(lead, feeds[lead.ids][:, : lead.length])
     outputs = {str(v.name) for v in model.graph.outputs}
     observe = sorted({v for v, _ in values.values()} - outputs)
     with Oracle(source, observe=observe) as oracle:
@@ -348,6 +362,19 @@ def machine_feeds(
     return {k: v for k, v in feeds.items() if k in wanted}
 
 
+def _scores(oracle: Oracle, lead: Drive, feeds: Mapping[str, Array]) -> Array:
+    """Token scores ``[B, S, V]`` of the source; one with a memory may take few positions a call."""
+    if not (lead.memories and lead.length):
+        return oracle.run(feeds)[lead.logits]
+    ids, parts = feeds[lead.ids], []
+    held = {m.past: feeds[m.past] for m in lead.memories}
+    for start in range(0, ids.shape[1], lead.length):
+        results = oracle.run(feeds_of(lead, ids[:, start : start + lead.length], held, start))
+        held = {m.past: results[m.present] for m in lead.memories}
+        parts.append(results[lead.logits])
+    return np.concatenate(parts, axis=1)
+
+
 def _language(
     machine: Machine, lead: Drive, source: Path, batches: Sequence[Mapping[str, Array]],
     thresholds: Mapping[str, float | None],
@@ -357,8 +384,7 @@ def _language(
     with Oracle(source) as oracle:
         for feeds in batches:
             ids = feeds[lead.ids]
-            teacher = oracle.run(feeds)[lead.logits]
-            comparison.add(teacher, decoder.logits(ids), ids)
+            comparison.add(_scores(oracle, lead, feeds), decoder.logits(ids), ids)
     found = comparison.result()
     teacher_losses, student_losses = (
         np.concatenate(losses).mean(axis=1)

@@ -83,6 +83,8 @@ def _memories(graph: ir.Graph) -> tuple[Memory, ...]:
     """
     pasts = [v for v in graph.inputs if _cube(v) and _PAST.search(v.name or "")]
     presents = [v for v in graph.outputs if _cube(v)]
+    if not pasts:  # a prefill graph: it hands its memory on but takes none
+        return ()
     if len(pasts) != len(presents):
         raise UsageError(
             f"the model has {len(pasts)} past inputs and {len(presents)} present outputs",

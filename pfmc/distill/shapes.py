@@ -149,13 +149,20 @@ def _probe(array: Array, run: _Run) -> ShapeProbe:
     return ShapeProbe(tuple(array.shape), name, run.positions, run.past + run.positions)
 
 
+def _product(node: ir.Node, arrays: Mapping[ir.Value, Array]) -> Array:
+    """The output of a fixed linear as zeros; its weight is not read (codes are made by reading)."""
+    value, weight = node.inputs[:2]
+    assert value is not None
+    assert weight is not None
+    assert weight.const_value is not None
+    x, outputs = _value(value, arrays), int(weight.const_value.shape.numpy()[1])
+    return np.broadcast_to(np.zeros((), x.dtype), (*x.shape[:-1], outputs))
+
+
 def _outputs(node: ir.Node, arrays: Mapping[ir.Value, Array]) -> tuple[Array, ...]:
-    inputs = [None if v is None else _value(v, arrays) for v in node.inputs]
     if node.domain == vocabulary.DOMAIN and node.op_type in vocabulary.LINEARS:
-        x, weight = inputs[0], inputs[1]
-        assert x is not None
-        assert weight is not None
-        return (np.broadcast_to(np.zeros((), x.dtype), (*x.shape[:-1], weight.shape[1])),)
+        return (_product(node, arrays),)
+    inputs = [None if v is None else _value(v, arrays) for v in node.inputs]
     try:
         with np.errstate(all="ignore"):
             return tuple(np.asarray(a) for a in meaning.compile_node(node)(inputs))

@@ -31,12 +31,16 @@ class SourceFile:
         view = memoryview(self.data)
         for start in range(0, self.size, _CHUNK):
             digest.update(view[start : start + _CHUNK])
+            self._drop(start, min(_CHUNK, self.size - start))
         return digest.hexdigest()
 
     def release(self) -> None:
         """Lets the system drop the pages of this file that were read."""
+        self._drop(0, self.size)
+
+    def _drop(self, start: int, length: int) -> None:
         if isinstance(self.data, mmap.mmap):
-            self.data.madvise(mmap.MADV_DONTNEED)
+            self.data.madvise(mmap.MADV_DONTNEED, start, length)
 
 
 def open_mapped(path: Path, *, follow: bool) -> SourceFile:

@@ -8,7 +8,7 @@ import pytest
 from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import InputError, InternalError
 from pfmc.hardware import FabricOp
-from pfmc.targets.fabric.work import fabric_ops
+from pfmc.targets.fabric.work import fabric_ops, fixed_positions
 
 
 def ops_of(decoder: ir.Model) -> list[FabricOp]:
@@ -81,3 +81,14 @@ def test_value_without_shape_is_refused(decoder: ir.Model) -> None:
     del shapes[next(n for n in decoder.graph if n.op_type == "Add").outputs[0].name]
     with pytest.raises(InternalError, match="no probed shape"):
         fabric_ops(decoder, shapes)
+
+
+def test_only_a_model_of_fixed_size_has_fixed_positions(decoder: ir.Model) -> None:
+    shapes = probe_shapes(decoder)
+    assert fixed_positions(decoder, shapes) is None
+    still = {name: (probe[1], probe[1]) for name, probe in shapes.items()}
+    assert fixed_positions(decoder, still) == 5
+    attention = one(fabric_ops(decoder, still), "attention")
+    assert attention.work["macs8"] == 8 * 14  # all 14 positions it always attends to
+    assert attention.work["kv_held_values"] == 8 * 14
+    assert not any(key.endswith("_per_context") for key in attention.work)

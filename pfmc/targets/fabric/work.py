@@ -46,7 +46,7 @@ def fabric_ops(model: ir.Model, shapes: Shapes) -> list[FabricOp]:
         InputError: operators whose work is unknown; the message names them with their nodes.
         InternalError: a value has no probed shape.
     """
-    counter = _Counter(shapes, _positions(model, shapes), _table_nodes(model))
+    counter = _Counter(shapes, fixed_positions(model, shapes), _table_nodes(model))
     unknown = [n for n in model.graph if not _known(n)]
     if unknown:
         raise _unknown_error(unknown)
@@ -79,8 +79,11 @@ def _unknown_error(nodes: list[ir.Node]) -> InputError:
     )
 
 
-def _positions(model: ir.Model, shapes: Shapes) -> int | None:
-    """Positions of a model of fixed size: the commonest rows of its fixed linears; else None."""
+def fixed_positions(model: ir.Model, shapes: Shapes) -> int | None:
+    """Positions of a model of fixed size (commonest rows of its fixed linears), else None.
+
+    Such a model runs over these positions whatever the workload says: its counts hold no context.
+    """
     if any(p[0].shape != p[-1].shape for p in shapes.values()):
         return None
     probes = [shapes[v] for n in vocabulary.fixed_linears(model) if (v := _name(n, 0)) in shapes]

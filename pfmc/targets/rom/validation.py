@@ -121,7 +121,10 @@ def taalas() -> CostReport:
 def _taalas() -> Iterator[Validation]:
     ours = taalas()
     press = "Taalas HC1, press and chart via OpenTallas"
-    note = "ours: 4 bits everywhere; theirs: 3-bit base mixed with 6-bit, ratio unpublished"
+    note = (
+        "ours: 4 bits everywhere and a lane per 256 weights, whose area is most of the die; "
+        "theirs: 3-bit base mixed with 6-bit, ratio unpublished, products shared by selection"
+    )
     yield Validation(
         "HC1 die area", 815.0, ours["area__total"].to("mm2")[1], "mm2", press, "secondary", note
     )
