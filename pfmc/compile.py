@@ -32,7 +32,7 @@ from pfmc.passes import pipeline
 from pfmc.passes import recipe as recipes
 from pfmc.passes.base import Context
 from pfmc.passes.pipeline import Outcome
-from pfmc.passes.quantise import Quantise, linear_record
+from pfmc.passes.quantise import Quantise, linear_record, release
 from pfmc.store import LayerRecord
 from pfmc.targets import get
 from pfmc.targets.base import Target
@@ -297,6 +297,8 @@ def _lower(
             return store.write_layer(writer, linear, tiled)
 
         body, resumed = writer.once(f"layer/{name}", key, make)
+        release(node)
+        job.loaded.release()
         job.clock.progress(f"lower: {name}")
         return LayerRecord(**body), resumed
 

@@ -333,7 +333,8 @@ def _layers(
     machine.student.observe = lambda name, _, y: seen.__setitem__(name, y.detach().numpy())
     machine.run(machine_feeds(machine, lead, feeds))
     machine.student.observe = None
-    errors = {n: _relative(seen[n], truth[v], perm) for n, (v, perm) in values.items()}
+    real = _real_positions(feeds)
+    errors = {n: _relative(seen[n], truth[v], perm, real) for n, (v, perm) in values.items()}
     rows = [Row(f"layer {n}", e, unit="relative RMS error") for n, e in errors.items()]
     if errors:
         worst = max(errors, key=lambda n: errors[n])
@@ -344,10 +345,21 @@ def _layers(
     return rows
 
 
-def _relative(ours: Array, truth: Array, perm: str | None) -> float:
+def _real_positions(feeds: Mapping[str, Array]) -> Array | None:
+    """Which positions are no padding, bool ``[B * S]``; None if all are or there is no mask.
+
+    Nobody reads a position that is wholly hidden, and what stands there is not defined.
+    """
+    mask = next((v for k, v in feeds.items() if "mask" in k and v.ndim == 2), None)
+    return None if mask is None or mask.all() else np.asarray(mask != 0).reshape(-1)
+
+
+def _relative(ours: Array, truth: Array, perm: str | None, real: Array | None) -> float:
     if perm:
         ours = ours.transpose([int(p) for p in perm.split()])
     ours, truth = ours.reshape(truth.shape).astype(np.float64), truth.astype(np.float64)
+    if real is not None and truth.size == real.size * truth.shape[-1]:
+        ours, truth = (x.reshape(real.size, -1)[real] for x in (ours, truth))
     power = float(np.sqrt(np.mean(truth**2)))
     return float(np.sqrt(np.mean((ours - truth) ** 2))) / (power or 1.0)
 

@@ -1,4 +1,4 @@
-"""Calibration: sums equal numpy's, data fits every kind of model, the same seed the same numbers."""
+"""Calibration: sums equal numpy's, data fits every kind of model, one seed gives one result."""
 
 from __future__ import annotations
 

@@ -86,3 +86,13 @@ def test_a_failing_run_names_the_node() -> None:
 
 def _constant() -> ir.Value:
     return ir.Value(name="c", const_value=ir.tensor(np.zeros((7, 7), np.float32), name="c"))
+
+
+def test_weights_of_fixed_linears_are_not_read() -> None:
+    def refuse() -> ir.TensorProtocol:
+        raise AssertionError("the weight was read")
+
+    model = _linear(8, 6)
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.LazyTensor(refuse, ir.DataType.FLOAT, ir.Shape([8, 6]), name="w")
+    assert probe_shapes(model)["y"][0].shape == (1, 3, 6)

@@ -26,7 +26,8 @@ def test_golden() -> None:
 
     kind = ir.TensorType(ir.DataType.FLOAT)
     x = ir.Value(name="x", shape=ir.Shape(["batch", 64]), type=kind)
-    weights = [constant("w", np.zeros((64, 8), np.float32)), constant("b", np.zeros(12, np.float32))]
+    shapes = {"w": (64, 8), "b": (12,)}
+    weights = [constant(n, np.zeros(s, np.float32)) for n, s in shapes.items()]
     half = constant("half", np.array([0.5, 2.0], np.float32))
     shape = constant("shape", np.array([0, -1]))
     linear = ir.node("FixedLinear", [x, *weights], domain=DOMAIN)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pfmc import targets, technology
 from pfmc.errors import InfeasibleError, UsageError
 from pfmc.hardware import FixedLinear, QuantisedMatrix
-from pfmc.targets.rom.lower import accumulator_bits, lower, requantiser
+from pfmc.targets.rom.lower import accumulator_bits, lower, nonzero_codes, requantiser
 
 TECH = technology.load("rom")
 TARGET = targets.get("rom")
@@ -117,3 +117,17 @@ def test_a_large_layer_is_lowered_within_its_time() -> None:
     start = time.process_time()
     lower(linear, TECH)
     assert time.process_time() - start < 0.3
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 900), st.integers(1, 90), st.sampled_from([7, 255, 256, 600]), st.just(16))
+def test_codes_that_are_not_zero_are_counted_tile_by_tile(
+    rows: int, cols: int, tile_inputs: int, tile_outputs: int
+) -> None:
+    codes = np.random.default_rng(rows).integers(-1, 2, (rows, cols), np.int8)
+    codes[:, ::3] = 1  # whole columns of ones: byte sums must not overflow
+    counted = nonzero_codes(codes, tile_inputs, tile_outputs)
+    for (r, c), n in np.ndenumerate(counted):
+        tile = codes[r * tile_inputs :, c * tile_outputs :][:tile_inputs, :tile_outputs]
+        assert n == np.count_nonzero(tile)
+    assert counted.sum() == np.count_nonzero(codes)
