@@ -64,6 +64,9 @@ def _file_error(error: OSError, path: Path) -> FileError:
         errno.ENOSPC: "free space on that disk, then run the same command again: it resumes",
         errno.EDQUOT: "raise the quota, then run the same command again: it resumes",
         errno.EROFS: "choose a writable place with -o",
+        errno.ENOENT: "choose a writable place with -o",
+        errno.ENOTDIR: "choose a writable place with -o: a part of its path is a file",
+        errno.ENAMETOOLONG: "give a shorter name with -o",
         errno.EACCES: "choose a writable place with -o, or change its permissions",
         errno.EPERM: "choose a writable place with -o, or change its permissions",
     }

@@ -37,7 +37,7 @@ from pfmc.store import LayerRecord
 from pfmc.targets import get
 from pfmc.targets.base import Target
 from pfmc.targets.fabric.assemble import assemble
-from pfmc.targets.fabric.work import fabric_ops
+from pfmc.targets.fabric.work import fabric_ops, fixed_positions
 from pfmc.technology import Technology
 
 if TYPE_CHECKING:
@@ -230,8 +230,10 @@ def _compile_into(job: _Job, writer: Writer) -> Compilation:
     with job.clock.phase("lower"):
         records, resumed = _lower(job, writer, model, statistics)
     with job.clock.phase("assemble"):
-        ops = fabric_ops(model, probe_shapes(model))
-        report = lowered.report(job.target, job.tech, model, records, ops, job.context, notes)
+        shapes = probe_shapes(model)
+        ops = fabric_ops(model, shapes)
+        context = fixed_positions(model, shapes) or job.context
+        report = lowered.report(job.target, job.tech, model, records, ops, context, notes)
         _write_rest(job, writer, model, records, ops, report)
     with job.clock.phase("commit"):
         manifest = writer.commit({"config": job.config(), "request_sha256": job.request})

@@ -269,10 +269,13 @@ class _Trial:
         sums.add(error, None if self.power is None else self.power[:, 0])
         if not self.share:
             return sums.objective
-        outlier = np.float32(self.top) * (1 - ratio)  # the largest weight, sampled or not
-        return sums.objective * np.float32(self.share) + outlier**2 * (
-            np.sqrt(outlier) if self.power is None else np.float32(1.0)
-        )
+        outlier: Floats = np.float32(self.top) * (np.float32(1) - ratio)  # the largest weight
+        square = outlier * outlier
+        if self.power is None:
+            square *= np.sqrt(outlier)
+        objective: Floats = sums.objective * np.float32(self.share)
+        objective += square
+        return objective
 
 
 # -- input ranges ----------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ stdout is data, stderr is progress and messages. Exit codes stand in `pfmc.error
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -14,7 +16,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, Parameter
 
 import pfmc
-from pfmc.errors import PfmcError
+from pfmc.errors import PfmcError, did_you_mean
 
 VERBS = {
     "compile": "Compile a model to hardware.",
@@ -42,7 +44,8 @@ class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def _app() -> App:
+def _app(asked: str) -> App:
+    """The app; verb `asked` tells its whole docstring, the others only the line of `VERBS`."""
     app = App(
         name="pfmc",
         help=pfmc.__doc__,
@@ -54,20 +57,33 @@ def _app() -> App:
         result_action="return_value",
     )
     for verb, help_text in VERBS.items():
-        app.command(f"pfmc.cli.{verb}:{verb}_", name=verb, help=help_text)
+        line = None if verb == asked else help_text
+        app.command(f"pfmc.cli.{verb}:{verb}_", name=verb, help=line, help_epilogue="")
     return app
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits with the exit code of `pfmc.errors`."""
     signal.signal(signal.SIGTERM, _terminate)
+    _open_streams()
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
     except BrokenPipeError:  # `pfmc … | head`: whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.exit(code)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be written
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Makes both streams usable: closed ones swallow, and no character is too much for one."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _terminate(_: int, __: FrameType | None) -> None:
@@ -76,12 +92,14 @@ def _terminate(_: int, __: FrameType | None) -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        result = _app()(arguments, exit_on_error=False, print_error=False)
+        asked = arguments[0] if arguments else ""
+        result = _app(asked)(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except PfmcError as error:
         return _say(str(error), error.exit_code)
     except CycloptsError as error:
-        return _say(f"{error}\n  mend:  see pfmc --help", 2)
+        return _say(f"{error}\n  mend:  {_help_for(arguments)}", 2)
     except KeyboardInterrupt:
         return _say("stopped; run the same command again and it resumes", 130)
     except _Terminated:
@@ -94,6 +112,14 @@ def _run(arguments: list[str]) -> int:
         return _say("out of memory\n  mend:  use --recipe stream, or fewer --jobs", 74)
     except Exception as error:  # a bug of ours: no traceback on the screen, but a file that has it
         return _say(_report_bug(error, arguments), 1)
+
+
+def _help_for(arguments: list[str]) -> str:
+    verb = arguments[0] if arguments else ""
+    if verb in VERBS:
+        return f"see pfmc {verb} --help"
+    near = did_you_mean(verb, (*VERBS, "--help", "--version"))
+    return f"{near}; see pfmc --help" if near.startswith("did") else "see pfmc --help"
 
 
 def _say(message: str, code: int) -> int:

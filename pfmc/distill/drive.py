@@ -100,7 +100,7 @@ def _memories(graph: ir.Graph) -> tuple[Memory, ...]:
     named = None not in roles and set(roles) == set(keyed) and len(keyed) == len(pasts)
     partners = [keyed[r] for r in roles] if named else presents
     return tuple(
-        Memory(a.name or "", b.name or "", _required(a, 1), _width(a))
+        Memory(a.name or "", b.name or "", _required(a, 1), _required(a, 3))
         for a, b in zip(pasts, partners, strict=True)
     )
 
@@ -109,18 +109,6 @@ def _role(value: ir.Value) -> tuple[int, str] | None:
     """(layer, "key" or "value") as the name tells, or None."""
     found = re.search(r"(\d+)\D*?(key|value)s?$", value.name or "", re.IGNORECASE)
     return None if found is None else (int(found.group(1)), found.group(2).lower())
-
-
-def _width(past: ir.Value) -> int:
-    """The head width of a memory; where the input does not say it, of the keys it stands beside."""
-    if _size(past, 3) is not None:
-        return _required(past, 3)
-    for node, position in past.uses():
-        if node.op_type == "Attention" and position in (4, 5):
-            beside = node.inputs[position - 3]
-            if beside is not None and _rank(beside) == 4 and _size(beside, 3) is not None:
-                return _required(beside, 3)
-    return _required(past, 3)
 
 
 def _required(value: ir.Value, axis: int) -> int:

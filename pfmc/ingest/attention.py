@@ -39,6 +39,8 @@ def group_query_attention(low: Lowering) -> None:
     heads, groups = low.positive("num_heads"), low.positive("kv_num_heads")
     query, key, value = _separate(low, heads, groups)
     past_key, past_value = low.input(3), low.input(4)
+    for past in (past_key, past_value):
+        _say_width(past, query[1])
     if low.integer("do_rotary"):
         turn = _turn_of(low, past_key, query[1])
         query4, key4 = rotate(low, query[0], turn), rotate(low, key, turn)
@@ -50,6 +52,13 @@ def group_query_attention(low: Lowering) -> None:
         mask = low.add(_window_mask(low, query4, past_key, window), mask)
     outputs = _attend(low, (query4, key4, value, mask, past_key, past_value), causal=True)
     low.done(low.join_heads(outputs[0]), *outputs[1:])
+
+
+def _say_width(past: ir.Value | None, head: int) -> None:
+    """Writes the head width into the shape of a memory that leaves it open (genai exports do)."""
+    if past is not None and past.shape is not None and len(past.shape) == 4:
+        if not isinstance(past.shape[3], int):
+            past.shape = ir.Shape([*past.shape[:3], head])
 
 
 def _separate(

@@ -53,19 +53,23 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        plain = not sys.stdout.isatty()
-        console = Console(file=sys.stdout, width=_ENDLESS if plain else None, markup=False)
+        wide = max(80, 20 + 24 * len(self.headings))
+        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else wide)
         drawn = RichTable(box=None, pad_edge=False)
         for index, heading in enumerate(self.headings):
-            justify: Literal["left", "right"] = "right" if self.numbers and index else "left"
-            drawn.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=plain)
+            right = self.numbers and index > 0
+            drawn.add_column(Text(heading), justify="right" if right else "left", overflow="fold")
         for row in self.rows:
-            if len(row) == 1:
+            if len(row) > 1:
+                drawn.add_row(*map(Text, row))
+            else:
                 drawn.add_row(*self._blank(), "")
-            drawn.add_row(*(Text(c, style="bold" if len(row) == 1 else "") for c in row))
-        if self.title:
-            console.print(Text(self.title, style="italic"), soft_wrap=True)
-        console.print(drawn)
+                drawn.add_row(Text(row[0], "bold"), *self._blank())
+        with console.capture() as captured:  # by ourselves: rich exits with 1 at a closed pipe
+            if self.title:
+                console.print(Text(self.title, "italic"))
+            console.print(drawn)
+        sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def _pipes(cells: Sequence[str]) -> str:

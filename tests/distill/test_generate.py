@@ -120,10 +120,17 @@ def test_models_that_write_no_text_are_refused(zoo: Path) -> None:
     for name, reason in [
         ("vit__t_dyn", "no input of token ids"),
         ("bert__t_dyn", "no output of token scores"),
-        ("llama__h_gen__prefill", "0 past inputs and 4 present outputs"),
     ]:
         with pytest.raises(UsageError, match=reason):
             detect(ir.load(zoo / f"{name}.onnx"))
+
+
+def test_a_prefill_graph_is_read_whole_and_its_memory_left_alone(zoo: Path) -> None:
+    prefill = decoder_of(zoo / "llama__h_gen__prefill.onnx")
+    assert prefill.drive.memories == ()
+    ids = np.array([[3, 4, 5, 6]])
+    step = decoder_of(zoo / "llama__h_gen__decode.onnx").logits(ids)
+    np.testing.assert_allclose(prefill.logits(ids), step, atol=1e-5)
 
 
 def test_inputs_beside_the_tokens_are_filled_in(zoo: Path) -> None:

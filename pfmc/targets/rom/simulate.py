@@ -26,6 +26,7 @@ class RomLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
+    step: Tensor | None
 
     def __init__(self, stored: StoredLinear) -> None:
         super().__init__()
@@ -36,35 +37,36 @@ class RomLinear(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         bias = None if stored.bias is None else torch.from_numpy(stored.bias.copy())
         self.register_buffer("bias", bias, persistent=False)
-        self.group, self.input_scale = group, stored.input_scale
+        fixed = None if stored.input_scale is None else torch.tensor(stored.input_scale)
+        self.register_buffer("step", fixed, persistent=False)
+        self.group = group
         self.top = float(2 ** (stored.input_bits - 1) - 1)
         self.chunk = max(1, EXACT_FLOAT32 // int(self.top * (2 ** (bits - 1) - 1)) - 1)
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (as floats, straight-through) and the step of each position."""
-        if self.input_scale is not None:
-            step = x.new_tensor(self.input_scale)
-        else:
-            step = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-30) / self.top
+        step = self.step
+        if step is None:
+            step = x.detach().abs().amax(-1, keepdim=True).clamp_min_(1e-30).div_(self.top)
         ratio = x / step
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return ratio.round_().clamp_(-self.top, self.top), step
+        inside = ratio.clamp(-self.top, self.top)
         codes = torch.round(ratio).clamp(-self.top, self.top)
-        if torch.is_grad_enabled() and x.requires_grad:
-            inside = ratio.clamp(-self.top, self.top)
-            codes = inside + (codes - inside).detach()
-        return codes, step
+        return inside + (codes - inside).detach(), step
 
-    def integers(self, codes: Tensor) -> Tensor:
-        """The exact integer products ``[groups, ..., out]`` of input codes ``[..., in]``."""
+    def integers(self, codes: Tensor) -> list[Tensor]:
+        """The exact integer products ``[..., out]`` of input codes ``[..., in]``, one a group."""
         inputs = self.codes.shape[0]
-        sums = [
+        return [
             self._product(codes, start, min(start + self.group, inputs))
             for start in range(0, inputs, self.group)
         ]
-        return torch.stack(sums)
 
     def _product(self, codes: Tensor, start: int, stop: int) -> Tensor:
         if stop - start <= self.chunk:
-            return codes[..., start:stop] @ self.codes[start:stop]
+            whole = stop - start == self.codes.shape[0]
+            return codes @ self.codes if whole else codes[..., start:stop] @ self.codes[start:stop]
         pieces = math.ceil((stop - start) / self.chunk)
         total = torch.zeros((), dtype=torch.float64, device=codes.device)
         for k in range(pieces):
@@ -75,9 +77,7 @@ class RomLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` float to ``[..., out]`` of the same type."""
         codes, step = self.quantise(x.to(torch.float32))
-        products = self.integers(codes)
-        y = products[0].to(torch.float32) * self.scale[0]
-        for k in range(1, products.shape[0]):
-            y = y + products[k].to(torch.float32) * self.scale[k]
-        y = y * step
+        scales = self.scale.unbind()
+        parts = [p.to(torch.float32) * s for p, s in zip(self.integers(codes), scales, strict=True)]
+        y = sum(parts[1:], parts[0]) * step
         return (y if self.bias is None else y + self.bias).to(x.dtype)
