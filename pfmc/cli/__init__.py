@@ -116,10 +116,9 @@ def _run(arguments: list[str]) -> int:
 
 def _help_for(arguments: list[str]) -> str:
     verb = arguments[0] if arguments else ""
-    if verb in VERBS:
-        return f"see pfmc {verb} --help"
-    near = did_you_mean(verb, (*VERBS, "--help", "--version"))
-    return f"{near}; see pfmc --help" if near.startswith("did") else "see pfmc --help"
+    if verb.startswith("-"):
+        return did_you_mean(verb, ("--help", "--version"))
+    return f"see pfmc {verb} --help" if verb in VERBS else "see pfmc --help"
 
 
 def _say(message: str, code: int) -> int:

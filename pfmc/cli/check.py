@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from pfmc import artifact
+from pfmc.cli.options import Json
 from pfmc.cli.output import print_json
 from pfmc.errors import CorruptError
 
 
-def check_(path: Path, *, json: Annotated[bool, Parameter(name="--json")] = False) -> int:
+def check_(path: Path, *, json: Json = False) -> int:
     """Hash every file of an artifact; exit code 6 if one was changed, added or removed.
 
     Parameters

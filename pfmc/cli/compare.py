@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from pfmc.cli.options import Json, Positive, Quiet
 from pfmc.cli.output import Progress, print_json
 from pfmc.errors import UsageError
 
@@ -20,13 +21,13 @@ def compare_(
     *paths: Path,
     targets: str | None = None,
     recipe: str | None = None,
-    context: int | None = None,
+    context: Positive | None = None,
     breakdown: bool = False,
     fail_on: tuple[str, ...] = (),
-    json: Annotated[bool, Parameter(name="--json")] = False,
+    json: Json = False,
     csv: Annotated[bool, Parameter(name="--csv")] = False,
     markdown: Annotated[bool, Parameter(name="--markdown")] = False,
-    quiet: Annotated[bool, Parameter(name=["-q", "--quiet"])] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Compare the cost of artifacts, or of one model on several targets.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from pfmc.cli.models import shipped_model
+from pfmc.cli.options import Json, NotNegative, Positive, Quiet
 from pfmc.cli.output import Progress, print_json
 from pfmc.errors import UsageError
 from pfmc.report.format import triple
@@ -28,9 +29,9 @@ def compile_(
     out: Annotated[Path | None, Parameter(name=["-o", "--out"])] = None,
     recipe: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
-    seed: int = 0,
-    jobs: int = 1,
-    context: int | None = None,
+    seed: NotNegative = 0,
+    jobs: Positive = 1,
+    context: Positive | None = None,
     text: Path | None = None,
     input: Path | None = None,
     tokenizer: Path | None = None,
@@ -39,8 +40,8 @@ def compile_(
     stop_after: Literal["ingest", "canonical", "quantised", "lowered"] | None = None,
     timing: bool = False,
     force: bool = False,
-    json: Annotated[bool, Parameter(name="--json")] = False,
-    quiet: Annotated[bool, Parameter(name=["-q", "--quiet"])] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> int:
     """Compile a model to hardware whose weights can never change again.
 

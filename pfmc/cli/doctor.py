@@ -8,12 +8,10 @@ import shutil
 import sys
 import tempfile
 from importlib import metadata
-from typing import Annotated
-
-from cyclopts import Parameter
 
 import pfmc
 from pfmc import library
+from pfmc.cli.options import Json
 from pfmc.cli.output import print_json
 from pfmc.report.table import Table
 
@@ -24,7 +22,7 @@ _NEEDED = (
 _TOOLS = ("verilator", "yosys", "ngspice")
 
 
-def doctor_(*, json: Annotated[bool, Parameter(name="--json")] = False) -> int:
+def doctor_(*, json: Json = False) -> int:
     """Show versions, devices and what is missing; exit code 1 if something needed is.
 
     Parameters

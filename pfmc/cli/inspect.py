@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from pfmc.cli.options import Json, Positive
 from pfmc.cli.output import print_json
 from pfmc.errors import UsageError
 from pfmc.report.format import digits, prefixed
@@ -24,9 +25,9 @@ def inspect_(
     layer: str | None = None,
     op: str | None = None,
     tile: str | None = None,
-    depth: int | None = None,
+    depth: Positive | None = None,
     trust_root: Path | None = None,
-    json: Annotated[bool, Parameter(name="--json")] = False,
+    json: Json = False,
     csv: Annotated[bool, Parameter(name="--csv")] = False,
     dot: Annotated[bool, Parameter(name="--dot")] = False,
 ) -> int:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from pfmc import library
+from pfmc.cli.options import Json
 from pfmc.cli.output import print_json
 from pfmc.report.format import prefixed
 from pfmc.report.table import Table
 
 
 def models_(
-    name: str | None = None, *, json: Annotated[bool, Parameter(name="--json")] = False
+    name: str | None = None, *, json: Json = False
 ) -> int:
     """List the model cards, or show one.
 

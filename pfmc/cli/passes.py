@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from pfmc import library
+from pfmc.cli.options import Json, NotNegative
 from pfmc.cli.output import print_json
 from pfmc.report.table import Table
 
@@ -16,9 +17,9 @@ def passes_(
     recipe: str | None = None,
     *,
     explain: Path | None = None,
-    lines: int = 8,
+    lines: NotNegative = 8,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
-    json: Annotated[bool, Parameter(name="--json")] = False,
+    json: Json = False,
 ) -> int:
     """List the recipes and passes, show a recipe, or explain what each pass does to a model.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from pfmc.cli.options import Json, NotNegative, Quiet, Share, Temperature
 from pfmc.cli.output import Progress, print_json
 from pfmc.errors import FileError, InputError, UsageError
 from pfmc.report.format import quantity
@@ -24,17 +25,17 @@ def run_(
     prompt: str | None = None,
     input: Path | None = None,
     out: Annotated[Path | None, Parameter(name=["-o", "--out"])] = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: NotNegative = 64,
     greedy: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    die: int = 0,
+    temperature: Temperature = 1.0,
+    top_k: NotNegative = 0,
+    top_p: Share = 1.0,
+    seed: NotNegative = 0,
+    die: NotNegative = 0,
     ideal: bool = False,
     age: str = "0s",
-    json: Annotated[bool, Parameter(name="--json")] = False,
-    quiet: Annotated[bool, Parameter(name=["-q", "--quiet"])] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> int:
     """Run an artifact's simulated hardware: stream text, or feed it a file.
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from pfmc import library, technology
+from pfmc.cli.options import Json
 from pfmc.cli.output import print_json
 from pfmc.quantity import Quantity
 from pfmc.report.format import digits
@@ -15,7 +12,7 @@ from pfmc.technology import Technology
 
 
 def targets_(
-    name: str | None = None, *, json: Annotated[bool, Parameter(name="--json")] = False
+    name: str | None = None, *, json: Json = False
 ) -> int:
     """List the technologies, or show one with its sources.
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import Parameter
-
+from pfmc.cli.options import Json, Level, NotNegative, Positive, Quiet
 from pfmc.cli.output import Progress, print_json
 from pfmc.errors import VerificationError
 from pfmc.report.table import Table
@@ -19,17 +18,17 @@ def verify_(
     path: Path,
     *,
     model: Path | None = None,
-    level: int = 3,
+    level: Level = 3,
     text: Path | None = None,
     input: Path | None = None,
-    windows: int | None = None,
-    length: int | None = None,
-    seed: int = 1,
-    die: int = 0,
+    windows: Positive | None = None,
+    length: Positive | None = None,
+    seed: NotNegative = 1,
+    die: NotNegative = 0,
     ideal: bool = False,
     layers: bool = False,
-    json: Annotated[bool, Parameter(name="--json")] = False,
-    quiet: Annotated[bool, Parameter(name=["-q", "--quiet"])] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> int:
     """Measure an artifact against ONNX Runtime; exit code 4 if a threshold of its recipe fails.
 

@@ -57,11 +57,12 @@ def _stepped(value: float, steps: tuple[tuple[float, str], ...]) -> str:
 
 
 def triple(metric: Mapping[str, float | str]) -> str:
-    """``typical [low – high]`` of a metric of ``report.json``; ends drop a unit they share."""
+    """``typical [low – high]`` of a metric of ``report.json``; a unit all three share stands once."""
     unit = str(metric["unit"])
     low, typical, high = (quantity(float(metric[k]), unit) for k in ("low", "typical", "high"))
     if low == high:
         return typical
     shared = " " + typical.partition(" ")[2]
-    ends = [e.removesuffix(shared) if " " in typical else e for e in (low, high)]
-    return f"{typical} [{ends[0]} – {ends[1]}]"
+    if " " in typical and low.endswith(shared) and high.endswith(shared):
+        low, high = low.removesuffix(shared), high.removesuffix(shared)
+    return f"{typical} [{low} – {high}]"

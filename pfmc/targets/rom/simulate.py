@@ -37,7 +37,8 @@ class RomLinear(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         bias = None if stored.bias is None else torch.from_numpy(stored.bias.copy())
         self.register_buffer("bias", bias, persistent=False)
-        fixed = None if stored.input_scale is None else torch.tensor(stored.input_scale)
+        given = stored.input_scale
+        fixed = None if given is None else torch.tensor(given, dtype=torch.float32)
         self.register_buffer("step", fixed, persistent=False)
         self.group = group
         self.top = float(2 ** (stored.input_bits - 1) - 1)
