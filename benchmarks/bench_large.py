@@ -1,8 +1,8 @@
 """Compiles a 1.16e9-parameter fp16 Llama to `rom` at 4 bits beside its floor, in one run.
 
 The floor reads every weight, rounds it with plain numpy (absolute maximum per channel, divide,
-round, clip, int8, pack) and writes it packed: one process, one thread. Peak memory includes mapped
-pages of the input file that the system keeps; they are its cache, not ours.
+round, clip, int8, pack) and writes it packed: one process, one thread. Peak memory is the largest
+resident set of the process, mapped pages of the input file included.
 
     python -m benchmarks.bench_large [--folder DIR] [--layers N]
 """
@@ -10,14 +10,20 @@ pages of the input file that the system keeps; they are its cache, not ours.
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import process
+from benchmarks.figure import Figure, table
 from benchmarks.synthetic import Shape, generate
+
+LAYERS = 20
 
 
 def floor(folder: Path, shape: Shape) -> None:
@@ -39,37 +45,55 @@ def floor(folder: Path, shape: Shape) -> None:
                 out.write(pack_int4(codes).tobytes())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--floor", action="store_true", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    shape = Shape(layers=chosen.layers)
-    if chosen.floor:
-        floor(chosen.folder, shape)
-        return
+def figures(folder: Path | None = None, layers: int = LAYERS) -> Iterator[Figure]:
+    """CPU time and peak memory of the compile, and their ratio to the floor's.
+
+    Args:
+        folder: where the model lies or is generated, and is kept; a temporary one by default.
+        layers: decoder layers; 20 give 1.16e9 parameters.
+    """
+    shape = Shape(layers=layers)
     with tempfile.TemporaryDirectory(prefix="pfmc-bench-") as temporary:
-        folder = chosen.folder or Path(temporary)
-        if not (folder / "model.onnx").is_file():
-            generate(folder, shape)
-        _compare(folder, shape)
+        place = folder or Path(temporary)
+        if not (place / "model.onnx").is_file():
+            generate(place, shape)
+        yield from _compared(place, shape)
 
 
-def _compare(folder: Path, shape: Shape) -> None:
+def _compared(folder: Path, shape: Shape) -> Iterator[Figure]:
     base = [sys.executable, "-m", "benchmarks.bench_large", "--floor", "--folder", str(folder)]
     low = process.run([*base, "--layers", str(shape.layers)])
+    (folder / "floor.bin").unlink()
     out = folder / "large.pfm"
     command = process.pfmc(
         "compile", str(folder / "model.onnx"), "--target", "rom", "--recipe", "stream",
         "-o", str(out), "--force",
     )  # fmt: skip
     ours = process.run(command)
-    print(f"{shape.parameters:,} parameters, float16, to rom at 4 bits, one thread")
-    print(f"{'':28s}{'CPU s':>9s}{'peak MB':>10s}")
-    print(f"{'floor: read, round, write':28s}{low.cpu_s:9.1f}{low.peak_bytes / 1e6:10.0f}")
-    print(f"{'pfmc compile':28s}{ours.cpu_s:9.1f}{ours.peak_bytes / 1e6:10.0f}")
-    print(f"ratio {ours.cpu_s / low.cpu_s:.2f} (goal <= 6), peak goal <= 1500 MB")
+    phases = json.loads((out / "provenance" / "timing.json").read_bytes())["cpu_s"]
+    shutil.rmtree(out)
+    name = f"pfmc compile, {shape.parameters / 1e9:.2f}e9 parameters, fp16 to rom at 4 bits"
+    floor_s = f"floor: {low.cpu_s:.1f} CPU s to read, round, write"
+    spent = ", ".join(f"{k} {v:.1f}" for k, v in phases.items() if v >= 0.1)
+    yield Figure(name, ours.cpu_s, "CPU s", beside=spent)
+    yield Figure(f"{name}, to floor", ours.cpu_s / low.cpu_s, "x", 6.0, beside=floor_s)
+    yield Figure(
+        f"{name}, peak", ours.peak_bytes / 1e6, "MB", 1500.0,
+        beside=f"floor: {low.peak_bytes / 1e6:.0f} MB",
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Parses the command line, measures and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--floor", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.floor:
+        floor(chosen.folder, Shape(layers=chosen.layers))
+    else:
+        print(table(figures(chosen.folder, chosen.layers)))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,11 @@ def compare(paths: Sequence[Path]) -> Comparison:
 
 
 def _report(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        raise UsageError(
+            "this is a file, not an artifact", where=str(path),
+            mend="to compare one model on several targets add --targets rom,crossbar,optical",
+        )  # fmt: skip
     read_manifest(path)
     try:
         body: dict[str, Any] = json.loads((path / "report" / "report.json").read_bytes())

@@ -280,6 +280,7 @@ def _calibrate(job: _Job, model: ir.Model) -> Mapping[str, LayerStatistics]:
     return calibrate.statistics_of(
         model, job.plan.calibration, tokenizer=job.tokenizer, text=job.options.text,
         inputs=job.options.inputs, seed=job.options.seed, progress=job.clock.progress,
+        moments=Quantise.of(job.plan).compensates,
     )  # fmt: skip
 
 

@@ -41,12 +41,14 @@ class QuantisedMatrix:
         bits: width of a code.
         scale: float32 ``[groups, out]``; weight[i, o] = codes[i, o] * scale[i // group, o].
         group: inputs that share a scale; the number of inputs when scales are per channel.
+        diagnostics: how well it was rounded, for the report.
     """
 
     codes: npt.NDArray[np.int8]
     bits: int
     scale: npt.NDArray[np.float32]
     group: int
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
 
     def weights(self) -> npt.NDArray[np.float32]:
         """The dequantised matrix, float32 ``[in, out]``."""
@@ -72,6 +74,8 @@ class LayerStatistics:
         output_peak: largest |y| (before bias) per output, float32 ``[out]``.
         output_rms: root mean square of y (before bias) per output, float32 ``[out]``.
         samples: positions seen.
+        input_moment: mean of x xᵀ, float64 ``[in, in]``, shared by the layers that share their
+            input; None unless it was asked for and fits.
     """
 
     input_peak: float
@@ -80,6 +84,7 @@ class LayerStatistics:
     output_peak: npt.NDArray[np.float32]
     output_rms: npt.NDArray[np.float32]
     samples: int
+    input_moment: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)

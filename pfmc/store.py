@@ -81,7 +81,8 @@ def write_layer(
     record = LayerRecord(
         linear.name, linear.inputs, linear.outputs, linear.matrix.bits, linear.matrix.group,
         linear.input_bits, linear.input_scale, list(linear.sources), linear.weight, stem,
-        len(next(iter(tiled.tiles.values()))), _floats(tiled.counts), _floats(tiled.diagnostics),
+        len(next(iter(tiled.tiles.values()))), _floats(tiled.counts),
+        _floats({**linear.matrix.diagnostics, **tiled.diagnostics}),
         _ranges(weights),
     )  # fmt: skip
     return entries, vars(record)

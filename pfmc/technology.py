@@ -139,13 +139,19 @@ def _read(path: Path, seen: frozenset[str]) -> Technology:
         raise UsageError("the technology has no kind", where=path.name, mend='kind = "rom"')
     constants: dict[str, Quantity] = {}
     settings: dict[str, str] = {}
-    for used in table.pop("uses", []):
+    for used in _names(path.name, table.pop("uses", [])):
         constants.update(_read(library.find("targets", used), seen | {path.stem}).constants)
     noise = tuple(_law(path.name, n) for n in table.pop("noise", []))
     for key, value in table.items():
         _collect(path.name, key, value, constants, settings)
     kind, title = settings.pop("kind"), settings.pop("title", path.stem)
     return Technology(path.stem, kind, title, constants, noise, settings)
+
+
+def _names(file: str, uses: object) -> list[str]:
+    if isinstance(uses, list) and all(isinstance(name, str) for name in uses):
+        return uses
+    raise UsageError(f"uses = {uses!r} is no list of names", where=file, mend='uses = ["fabric_n7"]')
 
 
 def _collect(

@@ -18,12 +18,12 @@ HOUSE = ROOT / "pfmc"
 FLOORS = [
     {"errors", "quantity", "library", "__init__"},
     {
-        "ir", "netlist", "hardware", "technology", "noise", "noise_laws", "rounding", "cost",
+        "ir", "netlist", "hardware", "technology", "noise", "noise_laws", "rounding", "compensation", "compensation", "cost",
         "artifact",
     },
     {"ingest", "targets", "distill", "report"},
     {"passes"},
-    {"oracle", "store", "lowered", "simulate", "verify", "compile", "inspect_model"},
+    {"oracle", "store", "lowered", "simulate", "verify", "compile", "inspect_model", "reduce"},
     {"compare", "explore"},
     {"cli", "__main__"},
 ]

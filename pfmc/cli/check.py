@@ -13,6 +13,8 @@ from pfmc.errors import CorruptError
 def check_(path: Path, *, json: Json = False) -> int:
     """Hash every file of an artifact; exit code 6 if one was changed, added or removed.
 
+    Example: pfmc check out.pfm
+
     Parameters
     ----------
     path

@@ -25,6 +25,8 @@ _TOOLS = ("verilator", "yosys", "ngspice")
 def doctor_(*, json: Json = False) -> int:
     """Show versions, devices and what is missing; exit code 1 if something needed is.
 
+    Example: pfmc doctor --json
+
     Parameters
     ----------
     json

@@ -18,6 +18,8 @@ def models_(
 ) -> int:
     """List the model cards, or show one.
 
+    Example: pfmc models bard
+
     Parameters
     ----------
     name

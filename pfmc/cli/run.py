@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from pfmc.cli.options import Json, NotNegative, Quiet, Share, Temperature
+from pfmc.cli.options import Json, NotNegative, Quiet
 from pfmc.cli.output import Progress, print_json
 from pfmc.errors import FileError, InputError, UsageError
 from pfmc.report.format import quantity
@@ -27,9 +27,9 @@ def run_(
     out: Annotated[Path | None, Parameter(name=["-o", "--out"])] = None,
     max_new_tokens: NotNegative = 64,
     greedy: bool = False,
-    temperature: Temperature = 1.0,
+    temperature: float = 1.0,
     top_k: NotNegative = 0,
-    top_p: Share = 1.0,
+    top_p: float = 1.0,
     seed: NotNegative = 0,
     die: NotNegative = 0,
     ideal: bool = False,
@@ -77,16 +77,10 @@ def run_(
     """
     if (prompt is None) == (input is None):
         raise UsageError("give either --prompt TEXT or --input FILE.npz")
-    from pfmc.quantity import Estimate, unit
     from pfmc.simulate import open_machine
     from pfmc.targets.base import Die
 
-    number = age.rstrip("abcdefghijklmnopqrstuvwxyz")
-    try:
-        age_s = Estimate.exact(float(number), age[len(number) :] or "s").to("s")[1]
-    except ValueError as error:
-        raise UsageError(f"cannot read the age {age!r}", mend="e.g. 30s, 1h, 1day") from error
-    unit("s")
+    age_s = _seconds(age)
     progress = Progress(quiet=quiet or json)
     progress("reading the artifact")
     chosen = Die(None if ideal else die, age_s, not ideal)
@@ -100,6 +94,19 @@ def run_(
         "top_k": top_k, "top_p": top_p, "seed": seed,
     }  # fmt: skip
     return _write(machine, text, choices, json, quiet)
+
+
+def _seconds(age: str) -> float:
+    from pfmc.quantity import Estimate
+
+    number = age.rstrip("abcdefghijklmnopqrstuvwxyz")
+    try:
+        age_s = Estimate.exact(float(number), age[len(number) :] or "s").to("s")[1]
+    except (ValueError, UsageError) as error:
+        raise UsageError(f"cannot read the age {age!r}", mend="e.g. 30s, 1h, 1day") from error
+    if not 0 <= age_s < float("inf"):
+        raise UsageError(f"the age {age!r} is no time since writing", mend="e.g. 30s, 1h, 1day")
+    return age_s
 
 
 def _write(

@@ -16,6 +16,8 @@ def targets_(
 ) -> int:
     """List the technologies, or show one with its sources.
 
+    Example: pfmc targets optical
+
     Parameters
     ----------
     name

@@ -32,6 +32,8 @@ def verify_(
 ) -> int:
     """Measure an artifact against ONNX Runtime; exit code 4 if a threshold of its recipe fails.
 
+    Example: pfmc verify out.pfm --level 3
+
     Levels: 0 hashes, 1 emitted files, 2 integer products, 3 layers and the whole model.
 
     Parameters

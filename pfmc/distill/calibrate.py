@@ -40,6 +40,11 @@ PROBABILITIES = (
 _SHIFT = 18  # the top 13 bits of a float32 magnitude: 32 bins an octave, equal within an octave
 _BINS = 0x7F800000 >> _SHIFT  # up to infinity
 _SHORTEST = 2
+
+MOMENT_WIDEST = 4096
+"""Inputs wider than this get no second moments (the matrix would be over 128 MiB)."""
+MOMENT_BYTES = 2 << 30
+"""Memory that all second moments may take together; inputs met after that get none."""
 _ASIDE = 1_000_003  # added to the seed of data that must differ from calibration's
 
 
@@ -121,8 +126,8 @@ class _Layer:
     output_peak: npt.NDArray[np.float32]
     output_square: npt.NDArray[np.float64]
 
-    def statistics(self) -> LayerStatistics:
-        """The sums as statistics."""
+    def statistics(self, moment: npt.NDArray[np.float64] | None) -> LayerStatistics:
+        """The sums as statistics; `moment` is the sum of x xᵀ."""
         rows = max(1, self.inputs.rows)
         return LayerStatistics(
             input_peak=self.inputs.peak,
@@ -131,16 +136,26 @@ class _Layer:
             output_peak=self.output_peak,
             output_rms=np.sqrt(self.output_square / rows).astype(np.float32),
             samples=self.inputs.rows,
+            input_moment=moment,
         )
 
 
 @dataclass
 class Gatherer:
-    """Listens to a student (``student.observe = gatherer``) and adds up what it hears."""
+    """Listens to a student (``student.observe = gatherer``) and adds up what it hears.
+
+    Attributes:
+        student: what it listens to.
+        moments: whether it also adds up x xᵀ of each input (``8 in²`` bytes; see `MOMENT_BYTES`).
+        layers: the sums so far.
+    """
 
     student: Student
+    moments: bool = False
     layers: dict[str, _Layer] = field(default_factory=dict)
-    _last: tuple[Tensor, _Inputs] | None = None
+    _last: tuple[Tensor, _Inputs, str] | None = None
+    _owners: dict[str, str] = field(default_factory=dict)
+    _products: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def __call__(self, name: str, x: Tensor, y: Tensor) -> None:
         """Adds one call of layer `name`: x ``[..., in]``, y ``[..., out]`` with bias."""
@@ -155,6 +170,8 @@ class Gatherer:
             inputs = known.inputs.plus(inputs)
             peak, square = np.maximum(known.output_peak, peak), known.output_square + square
         self.layers[name] = _Layer(inputs, peak, square)
+        assert self._last is not None
+        self._owners[name] = self._last[2]
 
     def _inputs(self, x: Tensor, name: str) -> _Inputs:
         """Of `x`; linears that share their input share the work."""
@@ -165,30 +182,52 @@ class Gatherer:
                     "calibration met NaN or infinity", where=f"input of {name}",
                     mend="the float model overflows on this data; give other data",
                 )  # fmt: skip
-            self._last = (x, _Inputs.of(rows))
+            self._last = (x, _Inputs.of(rows), name)
+            if self.moments:
+                self._multiply(name, rows)
         return self._last[1]
+
+    def _multiply(self, name: str, rows: Array) -> None:
+        """Adds ``rows.T @ rows`` to the product of the input that layer `name` reads first."""
+        width = rows.shape[1]
+        held = self._products.get(name)
+        if held is None:
+            taken = sum(p.nbytes for p in self._products.values())
+            if width > MOMENT_WIDEST or taken + 8 * width**2 > MOMENT_BYTES:
+                return
+            held = self._products[name] = np.zeros((width, width))
+        wide = rows.astype(np.float64)
+        held += wide.T @ wide
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """The statistics of every layer heard, in graph order."""
         order = [n for n in self.student.linears if n in self.layers]
-        return {name: self.layers[name].statistics() for name in order}
+        means = {
+            owner: product / max(1, self.layers[owner].inputs.rows)
+            for owner, product in self._products.items()
+        }
+        return {
+            name: self.layers[name].statistics(means.get(self._owners[name])) for name in order
+        }
 
 
 def calibrate(
-    model: ir.Model, batches: Iterable[Mapping[str, Array]], progress: Progress = _silent
-) -> dict[str, LayerStatistics]:
+    model: ir.Model, batches: Iterable[Mapping[str, Array]], progress: Progress = _silent,
+    moments: bool = False,
+) -> dict[str, LayerStatistics]:  # fmt: skip
     """Runs a CANONICAL float model on `batches` and gathers the statistics of each fixed linear.
 
     Args:
         model: at stage CANONICAL.
         batches: graph inputs by name, one mapping a run.
         progress: takes a line a batch.
+        moments: whether second moments of the inputs are taken too.
 
     Raises:
         UsageError: a batch lacks an input or names an unknown one.
     """
     student = Student(model).eval()
-    gatherer = Gatherer(student)
+    gatherer = Gatherer(student, moments)
     student.observe = gatherer
     for number, feeds in enumerate(batches, 1):
         progress(f"calibrate: batch {number}")
@@ -209,6 +248,7 @@ def statistics_of(
     inputs: Path | None = None,
     seed: int = 0,
     progress: Progress = _silent,
+    moments: bool = False,
 ) -> dict[str, LayerStatistics]:
     """Calibrates on the user's data, else on data made from `seed`; empty if the plan says none.
 
@@ -223,6 +263,7 @@ def statistics_of(
         inputs: an ``.npz`` file of graph inputs by name, samples along the first axis.
         seed: of made-up data.
         progress: takes a line at a time; says where the data came from.
+        moments: whether second moments of the inputs are taken too.
 
     Raises:
         UsageError: `text` without a tokenizer, or inputs that are not the model's.
@@ -231,11 +272,11 @@ def statistics_of(
         return {}
     if inputs is not None:
         progress(f"calibrate: on {inputs.name}")
-        return calibrate(model, batches_of_file(model, inputs, plan.sequences), progress)
+        return calibrate(model, batches_of_file(model, inputs, plan.sequences), progress, moments)
     student = Student(model).eval()
     decoder = _decoder(student, tokenizer)
     if decoder is None:
-        return _without_text(model, plan, tokenizer, text, seed, progress)
+        return _without_text(model, plan, tokenizer, text, seed, progress, moments)
     length = fitting_length(decoder, plan.length)
     if text is not None:
         ids = _windows(text, tokenizer, length, plan.sequences)
@@ -244,8 +285,8 @@ def statistics_of(
         progress(f"calibrate: on {plan.sequences} sequences that the model writes itself")
         ids = self_generated(decoder, plan.sequences, length, seed)
     else:
-        return _without_text(model, plan, tokenizer, text, seed, progress)
-    student.observe = gatherer = Gatherer(student)
+        return _without_text(model, plan, tokenizer, text, seed, progress, moments)
+    student.observe = gatherer = Gatherer(student, moments)
     for start in range(0, len(ids), BATCH):
         decoder.logits(ids[start : start + BATCH])
     return gatherer.statistics()
@@ -292,7 +333,7 @@ def is_causal(decoder: Decoder) -> bool:
 
 def _without_text(
     model: ir.Model, plan: Plan, tokenizer: Path | None, text: Path | None, seed: int,
-    progress: Progress,
+    progress: Progress, moments: bool,
 ) -> dict[str, LayerStatistics]:  # fmt: skip
     """Of a model that writes no text: from the text given, random tokens or noise."""
     length = plan.length
@@ -300,7 +341,8 @@ def _without_text(
         ids = None if text is None else _windows(text, tokenizer, length, plan.sequences)
         progress("calibrate: on " + (f"{len(ids)} windows" if ids is not None else _kind(model)))
         try:
-            return calibrate(model, batches(model, plan.sequences, length, seed, ids), progress)
+            made = batches(model, plan.sequences, length, seed, ids)
+            return calibrate(model, made, progress, moments)
         except (IndexError, RuntimeError) as error:  # longer than the model's position table
             if length // 2 < _SHORTEST:
                 raise UsageError(f"the model does not run on calibration data: {error}") from error

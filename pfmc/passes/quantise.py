@@ -7,15 +7,15 @@ are kept, so a model of any size is quantised with one layer in memory.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pfmc import rounding
+from pfmc import compensation, rounding
 from pfmc.errors import InfeasibleError, InputError, UsageError
 from pfmc.hardware import FixedLinear, LayerStatistics, Limits, QuantisedMatrix
 from pfmc.ir import matcher, provenance, vocabulary
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 WIDEST = 8
 
+Search = Literal["compensate", "clip", "plain"]
+
 
 @dataclass(frozen=True)
 class LayerFormat:
@@ -35,7 +37,7 @@ class LayerFormat:
     pattern: str
     weight_bits: int | Literal["target"] | None = None
     granularity: Literal["channel", "tile"] | None = None
-    search: Literal["clip", "plain"] | None = None
+    search: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Quantise(Pass):
 
     weight_bits: int | Literal["target"] = 4
     granularity: Literal["channel", "tile"] = "channel"
-    search: Literal["clip", "plain"] = "clip"
+    search: Search = "clip"
     inputs: Literal["static", "token"] = "static"
     input_range: Literal["mse", "peak"] = "mse"
     layers: tuple[LayerFormat, ...] = ()
@@ -93,8 +95,13 @@ class Quantise(Pass):
                 mend="set quantise.inputs=static and calibration.source=self",
             )
 
-    def format_of(self, layer: str, limits: Limits) -> tuple[int, int, bool]:
-        """(weight bits, group, whether to search) of a layer; group 0 is per channel."""
+    @property
+    def compensates(self) -> bool:
+        """Whether some layer may need second moments of its input."""
+        return "compensate" in (self.search, *(rule.search for rule in self.layers))
+
+    def format_of(self, layer: str, limits: Limits) -> tuple[int, int, Search]:
+        """(weight bits, group, search) of a layer; group 0 is per channel."""
         bits, granularity, search = self.weight_bits, self.granularity, self.search
         for rule in self.layers:
             if fnmatch.fnmatchcase(layer, rule.pattern):
@@ -102,7 +109,7 @@ class Quantise(Pass):
                 granularity = rule.granularity or granularity
                 search = rule.search or search
         group = limits.tile_inputs if granularity == "tile" else 0
-        return _width(bits, layer, limits), group, search == "clip"
+        return _width(bits, layer, limits), group, search
 
 
 def _width(bits: int | Literal["target"], layer: str, limits: Limits) -> int:
@@ -140,8 +147,9 @@ class _LazyMatrix:
     tensor: ir.TensorProtocol
     bits: int
     group: int
-    search: bool
-    power: npt.NDArray[np.float64] | None
+    search: Search
+    statistics: LayerStatistics | None
+    progress: Callable[[str], None]
     slot: _Slot = field(repr=False)
 
     def matrix(self) -> QuantisedMatrix:
@@ -163,9 +171,7 @@ class _LazyMatrix:
     def _round(self) -> QuantisedMatrix:
         array = self.tensor.numpy()
         try:
-            codes, scale = rounding.quantise(
-                array, self.bits, self.group, search=self.search, input_power=self.power
-            )
+            codes, scale, diagnostics = self._rounded(array)
         except InputError as error:
             raise InputError(
                 error.what, where=f"tensor {self.weight!r}, {error.where}", mend=error.mend
@@ -174,7 +180,30 @@ class _LazyMatrix:
             release = getattr(self.tensor, "release", None)
             if release is not None:
                 release()
-        return QuantisedMatrix(codes, self.bits, scale, self.group or int(array.shape[0]))
+        group = self.group or int(array.shape[0])
+        return QuantisedMatrix(codes, self.bits, scale, group, diagnostics)
+
+    def _rounded(
+        self, array: npt.NDArray[Any]
+    ) -> tuple[rounding.Codes, rounding.Floats, dict[str, float]]:
+        """Codes, scales and diagnostics of the weight."""
+        seen = self.statistics
+        moment = None if seen is None else seen.input_moment
+        if self.search == "compensate" and moment is not None:
+            found = compensation.compensate(array, self.bits, self.group, moment=moment)
+            if found.failed:
+                self.progress(f"quantise: {self.layer}: moments not definite, clip search kept")
+            return found.codes, found.scale, {
+                "clip_error_relative": found.clip_error, "code_error_relative": found.error,
+                "compensated_outputs": found.kept,
+            }  # fmt: skip
+        if self.search == "compensate":
+            self.progress(f"quantise: {self.layer}: no second moments, clip search kept")
+        codes, scale = rounding.quantise(
+            array, self.bits, self.group, search=self.search != "plain",
+            input_power=None if seen is None else seen.input_power,
+        )  # fmt: skip
+        return codes, scale, {}
 
 
 class LazyCodes(ir.LazyTensor):
@@ -227,7 +256,7 @@ class _Work:
         seen = self.context.statistics.get(layer)
         lazy = _LazyMatrix(
             layer, provenance.weight(weight) or str(weight.name), weight.const_value, bits, group,
-            search, None if seen is None else seen.input_power, self.slot,
+            search, seen, self.context.progress, self.slot,
         )  # fmt: skip
         shape = (outputs,) if group == 0 else (-(-inputs // group), outputs)
         codes = self._constant(f"{layer}:codes", LazyCodes(lazy, False, (inputs, outputs)), weight)

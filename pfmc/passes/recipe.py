@@ -48,7 +48,7 @@ class LayerRule(_Section):
 
     weight_bits: Bits | None = None
     granularity: Literal["channel", "tile"] | None = None
-    search: Literal["clip", "plain"] | None = None
+    search: Literal["compensate", "clip", "plain"] | None = None
 
 
 class Quantising(_Section):
@@ -57,7 +57,9 @@ class Quantising(_Section):
     Attributes:
         weight_bits: width of a weight code, 2 to 8, or ``target`` for the widest the target holds.
         granularity: inputs that share a weight scale: all (``channel``) or those of a tile.
-        search: ``clip`` searches the best clipping, ``plain`` rounds by the largest weight.
+        search: ``clip`` searches the best clipping, ``plain`` rounds by the largest weight,
+            ``compensate`` starts from ``clip`` and lets later weights make up for the rounding of
+            earlier ones, which needs calibration (`pfmc.compensation`).
         inputs: ``static`` scales from calibration, or ``token``: afresh for every position.
         input_range: ``mse`` clips where the mean square error is least, ``peak`` never clips.
         layers: glob over layer names -> what differs there; the last that fits wins.
@@ -65,7 +67,7 @@ class Quantising(_Section):
 
     weight_bits: Bits = 4
     granularity: Literal["channel", "tile"] = "channel"
-    search: Literal["clip", "plain"] = "clip"
+    search: Literal["compensate", "clip", "plain"] = "clip"
     inputs: Literal["static", "token"] = "static"
     input_range: Literal["mse", "peak"] = "mse"
     layers: dict[str, LayerRule] = Field(default_factory=dict)

@@ -57,7 +57,7 @@ def _stepped(value: float, steps: tuple[tuple[float, str], ...]) -> str:
 
 
 def triple(metric: Mapping[str, float | str]) -> str:
-    """``typical [low – high]`` of a metric of ``report.json``; a unit all three share stands once."""
+    """``typical [low – high]`` of a metric of ``report.json``; a shared unit stands once."""
     unit = str(metric["unit"])
     low, typical, high = (quantity(float(metric[k]), unit) for k in ("low", "typical", "high"))
     if low == high:

@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 _ENDLESS: Final = 10_000
 
@@ -53,8 +53,7 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        wide = max(80, 20 + 24 * len(self.headings))
-        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else wide)
+        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _ENDLESS)
         drawn = RichTable(box=None, pad_edge=False)
         for index, heading in enumerate(self.headings):
             right = self.numbers and index > 0
