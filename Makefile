@@ -19,7 +19,7 @@ test: $(VENV)/installed-dev lint
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check pfmc tests benchmarks models
 	$(BIN)/mypy
-	$(BIN)/pyright pfmc
+	$(BIN)/pyright --pythonpath $(BIN)/python pfmc
 
 benchmarks: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks

@@ -5,7 +5,7 @@ which all machines take turns, so that a busy processor disturbs all alike. Plai
 canonical float model in our student with ideal linears; transformers' own Llama stands beside.
 Generation: greedy, one text with KV memory, tokens a CPU second, detokenised as `pfmc run` does.
 
-    python -m benchmarks.bench_simulate [--runs 10] [--tokens 256]
+    python -m benchmarks.bench_simulate [--runs 10] [--tokens 200]
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _least(steps: Mapping[str, Callable[[], object]], runs: int) -> dict[str, fl
     return best
 
 
-def figures(runs: int = 10, tokens: int = 256) -> Iterator[Figure]:
+def figures(runs: int = 10, tokens: int = 200) -> Iterator[Figure]:
     """Forward passes as ratios to plain torch, then tokens a CPU second."""
     import torch
 
@@ -139,7 +139,7 @@ def main() -> None:
     """Parses the command line, measures and prints."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=200)
     chosen = parser.parse_args()
     print(table(figures(chosen.runs, chosen.tokens)))
 

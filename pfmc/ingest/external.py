@@ -55,7 +55,7 @@ class ExternalData:
                 f"{need} bytes (shape {list(proto.dims)})",
                 where=where,
             )
-        file = self._file(location, where)
+        file = self.file(location, where)
         if offset + need > file.size:
             raise InputError(
                 f"The data file is too short: bytes {offset} to {offset + need} are asked of "
@@ -76,7 +76,12 @@ class ExternalData:
         flat = np.frombuffer(extent.file.data, kind.numpy(), count, extent.offset)
         return ir.Tensor(flat.reshape(dims), dtype=kind, name=proto.name)
 
-    def _file(self, location: str, where: str) -> SourceFile:
+    def file(self, location: str, where: str) -> SourceFile:
+        """The data file at `location` beside the model, opened at its first use, if it may be.
+
+        Raises:
+            InputError: it leaves the folder, or is missing, no regular file or a hard link.
+        """
         if location not in self.files:
             path = self._contained(location, where)
             self.files[location] = open_mapped(path, follow=False)

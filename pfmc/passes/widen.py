@@ -49,7 +49,8 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
         return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
-    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(tensor.shape), name=tensor.name)
+    shape = ir.Shape([int(d) for d in tensor.shape.numpy()])
+    return ir.LazyTensor(read, ir.DataType.FLOAT, shape, name=tensor.name)
 
 
 def _widen_attributes(node: ir.Node) -> int:

@@ -33,7 +33,8 @@ class Table:
         lines = [f"**{self.title}**", ""] if self.title else []
         lines += [_pipes(self.headings), _pipes(["---"] * len(self.headings))]
         for row in self.rows:
-            lines.append(_pipes(row if len(row) > 1 else (f"**{row[0]}**", *self._blank())))
+            section = (f"**{''.join(row)}**", *self._blank())
+            lines.append(_pipes(row if len(row) > 1 else section))
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:

@@ -1,0 +1,1 @@
+"""Builds graphs straight from Hugging Face checkpoints: one small builder for each family."""

@@ -1,0 +1,52 @@
+"""`widen` against ONNX Runtime: a float16 file and its float32 graph agree to float16's precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from benchmarks.synthetic import Shape, generate
+from pfmc import ingest
+from pfmc.ir import vocabulary
+from pfmc.passes.base import Context
+from pfmc.passes.widen import Widen
+
+
+def session(model: bytes | str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return ort.InferenceSession(model, options)
+
+
+def test_a_half_precision_model_is_widened(tmp_path: Path) -> None:
+    source = generate(tmp_path, Shape(layers=2, hidden=64, heads=4, ffn=96, vocabulary=128))
+    result = Widen().apply(ingest.load(source).model, Context())
+    halves = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    values = [v for n in result.model.graph for v in (*n.inputs, *n.outputs) if v is not None]
+    assert result.changed > 20
+    assert not [v.name for v in values if v.dtype in halves]
+    vocabulary.install(result.model)
+    wide = tmp_path / "wide.onnx"
+    ir.save(result.model, wide)
+    feeds = {"input_ids": np.arange(10)[None] % 128}
+    ours = session(str(wide)).run(None, feeds)[0]
+    theirs = session(str(source)).run(None, feeds)[0].astype(np.float32)
+    assert ours.dtype == np.float32
+    assert np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()
+
+
+def test_weights_keep_their_numbers_and_stay_lazy(tmp_path: Path) -> None:
+    source = generate(tmp_path, Shape(layers=1, hidden=64, heads=4, ffn=96, vocabulary=128))
+    before = {
+        k: v.const_value.numpy()
+        for k, v in ingest.load(source).model.graph.initializers.items()
+        if v.const_value is not None and v.dtype is ir.DataType.FLOAT16
+    }
+    model = Widen().apply(ingest.load(source).model, Context()).model
+    for name, held in before.items():
+        tensor = model.graph.initializers[name].const_value
+        assert isinstance(tensor, ir.LazyTensor)
+        np.testing.assert_array_equal(tensor.numpy(), held.astype(np.float32))
