@@ -120,8 +120,8 @@ class Writer:
         self._lock: Any = None
 
     def __enter__(self) -> Writer:
-        self._refuse_foreign()
         with _io(self.path):
+            self._refuse_foreign()
             self._stage.mkdir(parents=True, exist_ok=True)
             probe = self._stage / "probe"
             probe.write_bytes(b"")

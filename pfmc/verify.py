@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ Progress = Callable[[str], None]
 _BATCH = 8
 EXACT_POSITIONS = 4
 """Random input vectors that each layer's integer product is checked on."""
+_TOGETHER = 1 << 24
 
 
 def _silent(_: str) -> None:
@@ -148,37 +149,66 @@ def _exact(machine: Machine, seed: int) -> Row:
     rng = np.random.Generator(np.random.Philox(seed))
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="pfmc-verify-") as folder:
-        for stored in store.read_layers(machine.path):
-            top = 2 ** (stored.input_bits - 1) - 1
-            codes = rng.integers(-top, top + 1, (EXACT_POSITIONS, stored.inputs)).astype(np.int8)
-            codes[0] = top
-            ours = machine.target.integer_product(  # type: ignore[attr-defined]
-                stored, machine.path / "hardware", codes
-            )
-            theirs = _matmul_integer(Path(folder) / "product.onnx", stored, codes)
-            wrong += int(np.count_nonzero(ours != theirs))
+        for group in _grouped(store.read_layers(machine.path)):
+            tops = [2 ** (s.input_bits - 1) - 1 for s in group]
+            codes = [_codes(rng, top, s.inputs) for top, s in zip(tops, group, strict=True)]
+            theirs = _matmul_integer(Path(folder) / "product.onnx", group, codes)
+            for stored, given, product in zip(group, codes, theirs, strict=True):
+                ours = machine.target.integer_product(  # type: ignore[attr-defined]
+                    stored, machine.path / "hardware", given
+                )
+                wrong += int(np.count_nonzero(ours != product))
     return Row("integer products that differ from ONNX Runtime", float(wrong), 0.0)
 
 
-def _matmul_integer(path: Path, stored: StoredLinear, codes: Array) -> Array:
-    x = ir.Value(
-        name="x", type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape(["n", stored.inputs])
-    )
-    weight = np.ascontiguousarray(stored.tensors["codes"]).astype(np.int8)
-    held = ir.Value(name="w", const_value=ir.tensor(weight, name="w"))
-    node = ir.Node("", "MatMulInteger", [x, held], num_outputs=1)
-    y = node.outputs[0]
-    y.name, y.type = "y", ir.TensorType(ir.DataType.INT32)
-    y.shape = ir.Shape(["n", stored.outputs])
+def _grouped(layers: Iterable[StoredLinear]) -> Iterator[list[StoredLinear]]:
+    """Layers by groups of about `_TOGETHER` weights: starting ONNX Runtime costs more than they."""
+    group: list[StoredLinear] = []
+    for stored in layers:
+        group.append(stored)
+        if sum(s.inputs * s.outputs for s in group) >= _TOGETHER:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _codes(rng: np.random.Generator, top: int, inputs: int) -> npt.NDArray[np.int8]:
+    """Input codes ``[EXACT_POSITIONS, inputs]``, the largest in the first row."""
+    codes = rng.integers(-top, top + 1, (EXACT_POSITIONS, inputs)).astype(np.int8)
+    codes[0] = top
+    return codes
+
+
+def _matmul_integer(
+    path: Path, layers: Sequence[StoredLinear], codes: Sequence[Array]
+) -> list[Array]:
+    """ONNX Runtime's products of each layer's codes, all in one graph written to `path`."""
+    nodes, constants = [], []
+    for index, stored in enumerate(layers):
+        x = ir.Value(
+            name=f"x{index}", type=ir.TensorType(ir.DataType.INT8),
+            shape=ir.Shape(["n", stored.inputs]),
+        )  # fmt: skip
+        weight = np.ascontiguousarray(stored.tensors["codes"]).astype(np.int8)
+        held = ir.Value(name=f"w{index}", const_value=ir.tensor(weight, name=f"w{index}"))
+        node = ir.Node("", "MatMulInteger", [x, held], num_outputs=1)
+        y = node.outputs[0]
+        y.name, y.type = f"y{index}", ir.TensorType(ir.DataType.INT32)
+        y.shape = ir.Shape(["n", stored.outputs])
+        nodes.append(node)
+        constants.append(held)
     graph = ir.Graph(
-        [x], [y], nodes=[node], initializers=[held], name="product",
+        [n.inputs[0] for n in nodes if n.inputs[0] is not None], [n.outputs[0] for n in nodes],
+        nodes=nodes, initializers=constants, name="products",
         opset_imports={"": vocabulary.OPSET},
     )  # fmt: skip
     path.write_bytes(
         ir.to_proto(ir.Model(graph, ir_version=vocabulary.IR_VERSION)).SerializeToString()
     )
     with Oracle(path) as oracle:
-        return oracle.run({"x": codes})["y"]
+        found = oracle.run({f"x{i}": c for i, c in enumerate(codes)})
+    return [found[f"y{i}"] for i in range(len(layers))]
 
 
 # -- level 3 -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from pfmc.cli.options import Json, Positive
 from pfmc.cli.output import print_json
-from pfmc.errors import UsageError
+from pfmc.errors import InputError, UsageError
 from pfmc.report.format import digits, prefixed
 from pfmc.report.table import Table
 
@@ -48,6 +48,8 @@ def inspect_(
         Show one tile of an artifact: LAYER[row,column].
     depth
         Levels of the tree; for --dot, of the modules drawn (2 by default).
+    lint
+        Say everything that is wrong with a model file or worth knowing; exit code 3 on errors.
     trust_root
         Folder within which external data may be reached through links.
     json
@@ -59,6 +61,8 @@ def inspect_(
     """
     if sum(x is not None for x in (layer, op, tile)) + dot > 1:
         raise UsageError("choose one of --layer, --op, --tile and --dot")
+    if lint:
+        return _lint(path, trust_root, json)
     from pfmc.inspect_model import look
 
     view = look(path, trust_root)
@@ -75,6 +79,17 @@ def inspect_(
     else:
         _show_tree(view, depth, json, csv)
     return 0
+
+
+def _lint(path: Path, trust_root: Path | None, json: bool) -> int:
+    from pfmc.lint import lint
+
+    found = lint(path, trust_root=trust_root)
+    if json:
+        print_json(found.to_json())
+    else:
+        print(found.to_text(), end="")
+    return InputError.exit_code if found.counts()["error"] else 0
 
 
 def _print(table: Table, json: bool, csv: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal
 
 from pfmc.errors import InputError
 
@@ -70,8 +70,7 @@ MAX_FINDINGS: Final = 1000
 """After so many a file is broken enough; the guard stops looking."""
 
 _OPERATORS = ("PFM101", "PFM102", "PFM103", "PFM104")
-_NO_FLOW = "export with fixed control flow (torch.onnx.export with dynamo=True unrolls it)"
-_NO_CUSTOM = "export with standard operators, or give the custom ones as ONNX functions"
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,30 @@ def refuse(findings: Sequence[Finding], file: str) -> None:
 
 def _operators(findings: Sequence[Finding]) -> Finding:
     """The findings about unsupported operators as one."""
-    lines = [f"{f.what}: {_some(f.nodes_in_words())}" for f in map(_Operator, findings)]
-    flow = any(f.code == "PFM102" for f in findings)
+    lines = [f"{f.what}: {f.place}" for f in findings]
     what = f"{len(lines)} kind(s) of operators cannot be compiled:\n    " + "\n    ".join(lines)
-    return Finding(findings[0].code, what, "", _NO_FLOW if flow else _NO_CUSTOM)
+    return Finding(findings[0].code, what, "", findings[0].mend)
+
+
+def _refuse_all(causes: Sequence[Finding], file: str) -> None:
+    lines = [f"{f.what} ({f.place})" if f.place else f.what for f in causes[:_SHOWN]]
+    more = [f"and {len(causes) - _SHOWN} more"] if len(causes) > _SHOWN else []
+    mends = list(dict.fromkeys(f.mend for f in causes if f.mend))
+    raise InputError(
+        f"{len(causes)} things are wrong with the model:\n    " + "\n    ".join(lines + more),
+        where=file,
+        mend=mends[0] if len(mends) == 1 else "`pfmc inspect --lint MODEL` says how to mend each",
+    )
+
+
+def table_text() -> str:
+    """``docs/lint.md``: every code, its severity and its meaning."""
+    lines = [
+        "# Codes of `pfmc inspect --lint`", "",
+        "Made from the table in `pfmc/ingest/findings.py`; a test holds both equal. A code keeps its",
+        "meaning for good. An error means that the model cannot be compiled (exit code 3); a warning",
+        "costs energy, time or area; a note is good to know.", "",
+        "| code | severity | meaning |", "|---|---|---|",
+    ]  # fmt: skip
+    rows = [f"| {code} | {severity} | {title} |" for code, (severity, title) in CODES.items()]
+    return "\n".join([*lines, *rows]) + "\n"

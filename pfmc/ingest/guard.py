@@ -11,14 +11,16 @@ import onnx
 from onnx import checker, defs
 
 from pfmc.errors import InputError
-from pfmc.ingest.order import check_order
-from pfmc.ingest.tensors import check_dims, check_dtype, check_tensor
+from pfmc.ingest.findings import MAX_FINDINGS, Finding, refuse
+from pfmc.ingest.order import disorder, label
+from pfmc.ingest.tensors import check_dims, check_dtype, check_tensor, tensor_code
 from pfmc.ir.vocabulary import OPSET
 
 OPSETS = range(7, 27)
 IR_VERSIONS = range(3, 14)
 MAX_NODES = 1_000_000
 MAX_NAME = 1 << 16
+MAX_DEPTH = 256
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial"}
@@ -45,15 +47,33 @@ class Guard:
     dialect: frozenset[Key]
     opset: int = 0
     functions: dict[Key, onnx.FunctionProto] = field(default_factory=dict)
+    found: list[Finding] = field(default_factory=list)
+    refused: set[tuple[str, str, int]] = field(default_factory=set)
 
     def check(self) -> None:
-        """Runs all checks, cheapest first.
+        """Runs all checks.
 
         Raises:
-            InputError: at the first kind of defect; unsupported operators are all listed at once.
+            InputError: everything that was found, at once.
         """
+        refuse(self.findings(), self.file)
+
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything that is wrong with the model, cheapest checks first; at most `MAX_FINDINGS`.
+
+        A check whose ground is missing (no graph, names that are no text) is left out.
+        """
+        self.found.clear()
+        try:
+            self._run()
+        except _EnoughError:
+            pass  # what was found so far is what there is to say
+        return tuple(self.found)
+
+    def _run(self) -> None:
         self._texts()
-        self._header()
+        if self.found or not self._header():
+            return
         self._functions()
         self._operators()
         self._growth()
@@ -61,44 +81,53 @@ class Guard:
         for key, function in self.functions.items():
             self._body(function, f"function {_spell(key)}", set(function.input))
 
-    def _at(self, what: str) -> str:
-        return f"{self.file}: {what}"
+    def _say(
+        self, code: str, what: str, place: str = "", mend: str = "", *,
+        nodes: tuple[str, ...] = (), tensors: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self._add(Finding(code, what, place, mend, nodes, tensors))
+
+    def _add(self, finding: Finding) -> None:
+        if len(self.found) >= MAX_FINDINGS:
+            raise _EnoughError
+        self.found.append(finding)
 
     def _texts(self) -> None:
         """All names are text: protobuf hands out broken UTF-8 as bytes."""
         for string in _strings(self.proto):
             if not isinstance(string, str):
-                raise InputError(
-                    f"A name in the file is not UTF-8 text: {string[:80]!r}", where=self.file
-                )
+                self._say("PFM002", f"A name in the file is not UTF-8 text: {string[:80]!r}")
 
-    def _header(self) -> None:
+    def _header(self) -> bool:
+        """Whether there is a graph of a known opset to look at."""
         proto = self.proto
-        if not proto.HasField("graph") or not proto.graph.output:
-            raise InputError("Not a usable ONNX model: it has no outputs", where=self.file)
+        whole = proto.HasField("graph") and len(proto.graph.output) > 0
+        if not whole:
+            self._say("PFM003", "Not a usable ONNX model: it has no outputs")
         if proto.training_info:
-            raise InputError("The file holds training graphs", where=self.file, mend=_INFERENCE)
+            self._say("PFM004", "The file holds training graphs", mend=_INFERENCE)
         if proto.ir_version not in IR_VERSIONS:
-            raise InputError(
+            self._say(
+                "PFM005",
                 f"The file format version (IR) is {proto.ir_version}; "
                 f"{_range(IR_VERSIONS)} are read",
-                where=self.file,
                 mend="export or convert the model with a current onnx",
             )
         self.opset = self._check_opset(proto.opset_import, "the model")
+        return whole and self.opset in OPSETS
 
     def _check_opset(self, imports: Iterable[onnx.OperatorSetIdProto], what: str) -> int:
         versions = {o.version for o in imports if o.domain in _STANDARD}
         if len(versions) != 1:
-            raise InputError(
-                "The standard operator set must be imported exactly once", where=self._at(what)
-            )
+            self._say("PFM006", "The standard operator set must be imported exactly once", what)
+            return 0
         (version,) = versions
         if version not in OPSETS:
-            raise InputError(
+            self._say(
+                "PFM007",
                 f"Opset {version} is not supported; {_range(OPSETS)} are",
-                where=self._at(what),
-                mend="export with opset_version=18 to 24",
+                what,
+                "export with opset_version=18 to 24",
             )
         return version
 
@@ -106,29 +135,29 @@ class Guard:
         for function in self.proto.functions:
             key = (function.domain, function.name)
             if key in self.functions:
-                raise InputError("A function is defined twice", where=self._at(_spell(key)))
+                self._say("PFM105", "A function is defined twice", _spell(key))
+                continue
             self.functions[key] = function
             if any(o.domain in _STANDARD for o in function.opset_import):
                 self._check_opset(function.opset_import, f"function {_spell(key)}")
 
     def _operators(self) -> None:
         """Lists every operator that is unknown, random or control flow, with counts and nodes."""
-        bad: dict[str, list[str]] = {}
+        bad: dict[tuple[str, str], list[onnx.NodeProto]] = {}
         for node, opset in self._all_nodes():
-            reason = self._unsupported(node, opset)
+            code, reason = self._unsupported(node, opset)
             if reason:
-                bad.setdefault(reason, []).append(node_name(node))
-        if not bad:
-            return
-        lines = [
-            f"{reason} x {len(names)}: {_some(names)}" for reason, names in sorted(bad.items())
-        ]
-        flow = any("control flow" in reason for reason in bad)
-        raise InputError(
-            f"{len(bad)} kind(s) of operators cannot be compiled:\n    " + "\n    ".join(lines),
-            where=self.file,
-            mend=_NO_FLOW if flow else _NO_CUSTOM,
-        )
+                bad.setdefault((reason, code), []).append(node)
+                self.refused.add((node.domain, node.op_type, opset))
+        flow = any(code == "PFM102" for _, code in bad)
+        for (reason, code), nodes in sorted(bad.items()):
+            self._say(
+                code,
+                f"{reason} x {len(nodes)}",
+                _some([node_name(n) for n in nodes]),
+                _NO_FLOW if flow else _NO_CUSTOM,
+                nodes=tuple(label(n) for n in nodes),
+            )
 
     def _all_nodes(self) -> Iterator[tuple[onnx.NodeProto, int]]:
         """Every node with the opset it is written in."""
@@ -144,31 +173,35 @@ class Guard:
         own = [o.version for o in body.opset_import if o.domain in _STANDARD]
         return own[0] if own else self.opset
 
-    def _unsupported(self, node: onnx.NodeProto, opset: int) -> str:
-        """Why this node cannot be compiled, starting with the operator; empty if it can."""
+    def _unsupported(self, node: onnx.NodeProto, opset: int) -> tuple[str, str]:
+        """Code and reason, starting with the operator, why this node cannot be compiled."""
         key = (node.domain, node.op_type)
         if key in self.functions or (key in self.dialect and not _subgraphs(node)):
-            return ""
+            return "", ""
         name = _spell(key)
         if node.domain not in _STANDARD:
-            return f"{name} (unknown domain or operator)"
+            return "PFM101", f"{name} (unknown domain or operator)"
         if node.op_type in CONTROL_FLOW or _subgraphs(node):
-            return f"{name} (control flow)"
+            return "PFM102", f"{name} (control flow)"
         if node.op_type in RANDOM:
-            return f"{name} (draws random numbers)"
+            return "PFM103", f"{name} (draws random numbers)"
         if not _known(node.op_type, opset):
-            return f"{name} (not in opset {opset})"
-        return ""
+            return "PFM104", f"{name} (not in opset {opset})"
+        return "", ""
 
     def _growth(self) -> None:
         """Bounds the number of nodes after inlining all functions, and finds recursion."""
         sizes: dict[Key, int] = {}
-        total = self._grown(self.proto.graph.node, sizes, ())
+        try:
+            total = self._grown(self.proto.graph.node, sizes, ())
+        except _RecursionFoundError as circle:
+            self._say("PFM106", f"Functions call each other in a circle: {circle}")
+            return
         if total > MAX_NODES:
-            raise InputError(
+            self._say(
+                "PFM107",
                 f"With its functions inlined the model would have {total} nodes; "
                 f"at most {MAX_NODES}",
-                where=self.file,
                 mend="remove needless nesting of functions",
             )
 
@@ -181,9 +214,9 @@ class Guard:
         return total
 
     def _size(self, key: Key, sizes: dict[Key, int], path: tuple[Key, ...]) -> int:
-        if key in path or len(path) > 256:
-            chain = " -> ".join(_spell(k) for k in (*path[path.index(key) :], key)[:8])
-            raise InputError(f"Functions call each other in a circle: {chain}", where=self.file)
+        if key in path or len(path) > MAX_DEPTH:
+            start = path.index(key) if key in path else 0
+            raise _RecursionFoundError(" -> ".join(_spell(k) for k in (*path[start:], key)[:8]))
         if key not in sizes:
             sizes[key] = self._grown(self.functions[key].node, sizes, (*path, key))
         return sizes[key]
@@ -191,7 +224,7 @@ class Guard:
     def _graph(self) -> None:
         graph = self.proto.graph
         if len(graph.sparse_initializer):
-            raise InputError("The graph has sparse initialisers", where=self.file, mend=_INFERENCE)
+            self._say("PFM207", "The graph has sparse initialisers", mend=_INFERENCE)
         for value in (*graph.input, *graph.output):
             self._check_value(value)
         inputs = [v.name for v in graph.input]
@@ -200,27 +233,44 @@ class Guard:
         self._once(initialisers, "initialiser")
         self._once([v.name for v in graph.output], "graph output")
         for tensor in graph.initializer:
-            check_tensor(tensor, self._at(f"tensor {tensor.name!r}"))
+            self._tensor(tensor, f"tensor {tensor.name!r}", tensors=(tensor.name,))
         self._body(graph, "the graph", {*inputs, *initialisers})
+
+    def _tensor(
+        self, tensor: onnx.TensorProto, place: str, *,
+        nodes: tuple[str, ...] = (), tensors: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        try:
+            check_tensor(tensor, place)
+        except InputError as error:
+            self._say(tensor_code(tensor), error.what, place, error.mend, nodes=nodes,
+                      tensors=tensors)  # fmt: skip
 
     def _once(self, names: list[str], what: str) -> None:
         if "" in names:
-            raise InputError(f"A {what} has no name", where=self.file)
+            self._say("PFM205", f"A {what} has no name")
         if len(set(names)) != len(names):
-            double = Counter(names).most_common(1)[0][0]
-            raise InputError(f"Two {what}s have the same name", where=self._at(repr(double)))
-        long = next((n for n in names if len(n) > MAX_NAME), "")
-        if long:
-            raise InputError(f"A {what} has a name of {len(long)} characters", where=self.file)
+            for double in [n for n, count in Counter(names).items() if n and count > 1]:
+                self._say("PFM201", f"Two {what}s have the same name", repr(double),
+                          tensors=(double,))  # fmt: skip
+        for long in [n for n in names if len(n) > MAX_NAME]:
+            self._say("PFM205", f"A {what} has a name of {len(long)} characters")
 
     def _check_value(self, value: onnx.ValueInfoProto) -> None:
-        where = self._at(f"value {value.name!r}")
+        place, tensors = f"value {value.name!r}", (value.name,)
         if value.type.WhichOneof("value") != "tensor_type":
             kind = value.type.WhichOneof("value") or "of no type"
-            raise InputError(f"A graph input or output is no tensor but {kind}", where=where)
-        check_dtype(value.type.tensor_type.elem_type, where)
-        dims = value.type.tensor_type.shape.dim
-        check_dims([d.dim_value for d in dims if d.HasField("dim_value")], where)
+            what = f"A graph input or output is no tensor but {kind}"
+            self._say("PFM206", what, place, tensors=tensors)
+            return
+        code = "PFM301"
+        try:
+            check_dtype(value.type.tensor_type.elem_type, place)
+            code = "PFM302"
+            dims = value.type.tensor_type.shape.dim
+            check_dims([d.dim_value for d in dims if d.HasField("dim_value")], place)
+        except InputError as error:
+            self._say(code, error.what, place, error.mend, tensors=tensors)
 
     def _body(self, body: Body, what: str, defined: set[str]) -> None:
         """Names are defined once and before they are used in some order; attributes are sound."""
@@ -230,47 +280,61 @@ class Guard:
             self._node(node, opset, isinstance(body, onnx.FunctionProto))
             for name in filter(None, node.output):
                 if name in outputs or name in defined:
-                    raise InputError(
-                        f"The value {name!r} is defined twice", where=self._at(node_name(node))
-                    )
+                    self._say("PFM201", f"The value {name!r} is defined twice", node_name(node),
+                              nodes=(label(node),), tensors=(name,))  # fmt: skip
                 outputs[name] = index
+        for finding in disorder(body.node, outputs, defined):
+            self._add(finding)
         results = body.output if isinstance(body, onnx.FunctionProto) else _names(body.output)
-        check_order(body.node, outputs, defined, self.file)
         for name in results:
             if name not in outputs and name not in defined:
-                raise InputError(
-                    f"The output {name!r} is computed by no node", where=self._at(what)
-                )
+                self._say("PFM203", f"The output {name!r} is computed by no node", what,
+                          tensors=(name,))  # fmt: skip
 
     def _node(self, node: onnx.NodeProto, opset: int, in_function: bool) -> None:
-        where = self._at(node_name(node))
         seen = set()
         for attribute in node.attribute:
+            what = ""
             if attribute.name in seen:
-                raise InputError(f"Attribute {attribute.name!r} is given twice", where=where)
+                what = f"Attribute {attribute.name!r} is given twice"
+            elif not _decodes((attribute.s, *attribute.strings)):
+                what = f"Attribute {attribute.name!r} is not UTF-8 text"
+            elif attribute.ref_attr_name and not in_function:
+                what = "An attribute refers to a function, outside of any"
+            if what:
+                self._say("PFM109", what, node_name(node), nodes=(label(node),))
+                return
             seen.add(attribute.name)
-            if not _decodes((attribute.s, *attribute.strings)):
-                raise InputError(f"Attribute {attribute.name!r} is not UTF-8 text", where=where)
-            if attribute.ref_attr_name and not in_function:
-                raise InputError("An attribute refers to a function, outside of any", where=where)
             for tensor in (
                 *((attribute.t,) if attribute.HasField("t") else ()),
                 *attribute.tensors,
             ):
-                check_tensor(tensor, f"{where}, attribute {attribute.name!r}")
-        self._schema(node, opset, where)
+                place = f"{node_name(node)}, attribute {attribute.name!r}"
+                self._tensor(tensor, place, nodes=(label(node),))
+        self._schema(node, opset)
 
-    def _schema(self, node: onnx.NodeProto, written: int, where: str) -> None:
+    def _schema(self, node: onnx.NodeProto, written: int) -> None:
         """Inputs, outputs and attributes of a standard operator against its schema."""
-        if (node.domain, node.op_type) in self.functions or node.domain not in _STANDARD:
+        key = (node.domain, node.op_type)
+        if key in self.functions or node.domain not in _STANDARD or key in self.dialect:
             return
-        if (node.domain, node.op_type) in self.dialect:
+        if self.refused and (*key, written) in self.refused:
             return
         for opset in sorted({written, min(written, OPSET)}, reverse=True):
             try:
                 checker.check_node(node, _context(self.proto.ir_version, opset))
             except checker.ValidationError as error:
-                raise InputError(_first_line(str(error), opset), where=where) from error
+                what = _first_line(str(error), opset)
+                self._say("PFM108", what, node_name(node), nodes=(label(node),))
+                return
+
+
+class _EnoughError(Exception):
+    """So much was found that looking on helps nobody."""
+
+
+class _RecursionFoundError(Exception):
+    """A function calls itself over others; the text is the chain."""
 
 
 _INFERENCE = "export the model for inference"
@@ -342,8 +406,7 @@ def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
 
 def node_name(node: onnx.NodeProto) -> str:
     """How a node is named in messages: its name, else its first output."""
-    name = node.name or (node.output[0] if node.output else "")
-    return f"node {name[:120]!r} ({node.op_type[:60]})"
+    return f"node {label(node)[:120]!r} ({node.op_type[:60]})"
 
 
 def _spell(key: Key) -> str:

@@ -208,14 +208,7 @@ def _embed_attributes(proto: onnx.ModelProto, external: ExternalData) -> None:
 
 def normalise(model: ir.Model) -> None:
     """Brings an accepted model to the uniform shape, in place."""
-    provenance.stamp(model)
-    version = model.graph.opset_imports.get("", 1)
-    for function in model.functions.values():
-        upgrade(function, function.opset_imports.get("", version), Builder(function))
-    tidy.plain_inputs(model.graph)
-    upgrade(model.graph, version, Builder(model.graph))
-    tidy.inline_functions(model)
-    tidy.lift_constants(model.graph)
+    modernise(model)
     dialects.lower(model)
     tidy.drop_identities(model.graph)
     tidy.infer_shapes(model)
@@ -224,6 +217,18 @@ def normalise(model: ir.Model) -> None:
     tidy.drop_dead(model)
     tidy.name_everything(model.graph)
     model.ir_version = IR_VERSION
+
+
+def modernise(model: ir.Model) -> None:
+    """Stamps provenance, brings every operator to the current opset and inlines functions."""
+    provenance.stamp(model)
+    version = model.graph.opset_imports.get("", 1)
+    for function in model.functions.values():
+        upgrade(function, function.opset_imports.get("", version), Builder(function))
+    tidy.plain_inputs(model.graph)
+    upgrade(model.graph, version, Builder(model.graph))
+    tidy.inline_functions(model)
+    tidy.lift_constants(model.graph)
 
 
 def precision(model: ir.Model) -> ir.DataType:

@@ -1,65 +1,71 @@
-"""Checks that the values of a graph can be computed in some order, and names a circle if not."""
+"""Finds what keeps the values of a graph from being computed in some order; sorts nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
-from pfmc.errors import InputError, did_you_mean
+from pfmc.errors import did_you_mean
+from pfmc.ingest.findings import Finding
 
 _SHOWN = 8
+_HINTS = 3
 
 
-def check_order(
-    nodes: Sequence[onnx.NodeProto],
-    producer: Mapping[str, int],
-    defined: set[str],
-    file: str,
-) -> None:
-    """Every input is defined, and the nodes have a topological order.
+def disorder(
+    nodes: Sequence[onnx.NodeProto], producer: Mapping[str, int], defined: set[str]
+) -> Iterator[Finding]:
+    """Every value that is used and defined nowhere, and a circle if there is one.
 
     Args:
         nodes: the nodes as they stand in the file, in any order.
         producer: value name -> index of the node that makes it.
         defined: inputs and initialisers.
-        file: for the messages.
-
-    Raises:
-        InputError: an undefined value, or a cycle with the names of its nodes.
     """
-    sorted_already = True
+    sorted_already, undefined = True, 0
     for index, node in enumerate(nodes):
         for name in node.input:
             if not name or name in defined:
                 continue
             made_by = producer.get(name)
             if made_by is None:
-                raise _undefined(name, node, (*producer, *defined), file)
-            sorted_already &= made_by < index
+                known = (*producer, *defined) if undefined < _HINTS else ()
+                yield _undefined(name, node, known)
+                undefined += 1
+            else:
+                sorted_already &= made_by < index
     if not sorted_already:
-        _check_cycle(nodes, producer, file)
+        yield from _cycle(nodes, producer)
 
 
-def _undefined(name: str, node: onnx.NodeProto, known: Sequence[str], file: str) -> InputError:
-    hint = did_you_mean(name, known) if len(known) < 5000 else ""
-    return InputError(
+def _undefined(name: str, node: onnx.NodeProto, known: Sequence[str]) -> Finding:
+    hint = did_you_mean(name, known) if 0 < len(known) < 5000 else ""
+    return Finding(
+        "PFM202",
         f"The value {name[:120]!r} is used but defined nowhere",
-        where=f"{file}: node {node.name[:120]!r} ({node.op_type})",
-        mend=hint if hint.startswith("did") else "export the model again; the graph is incomplete",
+        f"node {node.name[:120]!r} ({node.op_type})",
+        hint if hint.startswith("did") else "export the model again; the graph is incomplete",
+        nodes=(label(node),),
+        tensors=(name,),
     )
 
 
-def _check_cycle(nodes: Sequence[onnx.NodeProto], producer: Mapping[str, int], file: str) -> None:
+def label(node: onnx.NodeProto) -> str:
+    """The name of a node, else its first output."""
+    return node.name or (node.output[0] if node.output else "")
+
+
+def _cycle(nodes: Sequence[onnx.NodeProto], producer: Mapping[str, int]) -> Iterator[Finding]:
     order, waiting, needs = _sort(nodes, producer)
     if len(order) < len(nodes):
-        cycle = _walk(needs, waiting)
-        names = [nodes[i].name or nodes[i].output[0] for i in cycle]
+        names = [label(nodes[i]) for i in _walk(needs, waiting)]
         more = f" -> ... ({len(names)} nodes)" if len(names) > _SHOWN else ""
-        raise InputError(
+        yield Finding(
+            "PFM204",
             f"The graph runs in a circle: {' -> '.join(names[:_SHOWN])}{more}",
-            where=file,
             mend="export the model again; no program computes this graph",
+            nodes=tuple(names[:-1]),
         )
 
 

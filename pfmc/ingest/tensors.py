@@ -88,6 +88,17 @@ def check_tensor(proto: onnx.TensorProto, where: str) -> int:
     return size
 
 
+def tensor_code(proto: onnx.TensorProto) -> str:
+    """The code of `pfmc.ingest.findings` under which `check_tensor` refuses this tensor."""
+    if proto.data_type not in DTYPES:
+        return "PFM301"
+    try:
+        check_dims(list(proto.dims), "")
+    except InputError:
+        return "PFM302"
+    return "PFM303"
+
+
 def _check_embedded(
     proto: onnx.TensorProto, kind: ir.DataType, elements: int, field: str, where: str
 ) -> None:

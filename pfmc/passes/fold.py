@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +15,7 @@ from pfmc.ir import matcher, types
 from pfmc.ir.meaning import OPS, compile_node, key_of
 from pfmc.passes.base import Context, Declined, Pass, PassResult
 from pfmc.passes.rules import where
-from pfmc.passes.weights import kind_of, shape_of, transposed
+from pfmc.passes.weights import SLICE, derived, kind_of, shape_of, transposed
 
 _CONSTANT_ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
     "value_int": lambda v: np.asarray(v, np.int64),
@@ -70,6 +72,8 @@ class _Sweep:
             self._bypass(node)
         elif self._is_foldable(node):
             self._fold(node)
+        elif node.op_type == "Split" and self._is_constant(node):
+            self._split(node)
         elif node.op_type == "DequantizeLinear" and self._is_constant(node):
             self._dequantise(node)
         else:
@@ -163,11 +167,51 @@ class _Sweep:
             self._transpose(node)
             return
         array = self._compute(node)
-        if array is None:
+        if array is not None:
+            self._become_initialiser(node, ir.tensor(array))
+            self._count("folded")
+        elif not self._delay(node):
             types.note(node)
+
+    def _delay(self, node: ir.Node) -> bool:
+        """A large constant of known shape becomes a lazy one: views, and sums of weights."""
+        output = node.outputs[0]
+        if key_of(node) not in OPS or output.is_graph_output() or not _shrinks(node):
+            return False
+        first = _constant_of(node, 0)
+        shape = _shape_by_dummies(node) if node.op_type in _VIEWS else _static(output)
+        if shape is None or shape_of(first) == () or kind_of(first) not in _REAL:
+            return False
+        if output.dtype not in (None, kind_of(first)):
+            return False
+        run, rest = compile_node(node), [None if v is None else v.const_value for v in _seen(node)]
+
+        def of(array: np.ndarray) -> np.ndarray:
+            others = [None if t is None else t.numpy() for t in rest[1:]]
+            return np.asarray(run([array, *others])[0])
+
+        output.replace_all_uses_with(derived(self.graph, first, shape, of))
+        matcher.remove_dead(self.graph, [node])
+        self._count("delayed")
+        return True
+
+    def _split(self, node: ir.Node) -> None:
+        """Every part of a constant, such as the experts of a stack, becomes a lazy constant."""
+        if any(v.is_graph_output() for v in node.outputs) or key_of(node) not in OPS:
             return
-        self._become_initialiser(node, ir.tensor(array))
-        self._count("folded")
+        first, run = _constant_of(node, 0), compile_node(node)
+        rest = [None if v is None else v.const_value.numpy() for v in _seen(node)[1:]]  # type: ignore[union-attr]
+        parts = run([_dummy(first), *rest])
+        one_each = all(p.shape[:1] == (1,) for p in parts) and len(shape_of(first)) == 3
+        for i, (output, part) in enumerate(zip(node.outputs, parts, strict=True)):
+            shape = tuple(int(n) for n in part.shape)
+            part_of = partial(_part, run, rest, i)
+            lazy = derived(self.graph, first, shape, part_of)
+            if one_each and matcher.attribute(node, "axis", 0) == 0:
+                lazy.meta[SLICE] = i
+            output.replace_all_uses_with(lazy)
+        matcher.remove_dead(self.graph, [node])
+        self._count("split")
 
     def _compute(self, node: ir.Node) -> np.ndarray | None:
         """What a node of small constants gives; None, with the reason, if that is not to be had."""
@@ -225,6 +269,48 @@ class _Sweep:
 
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_VIEWS = frozenset({"Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose", "Slice"})
+_REAL = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+def _seen(node: ir.Node) -> list[ir.Value | None]:
+    """The inputs of a node of constants, aliases looked through."""
+    return [matcher.see_through(v) for v in node.inputs]
+
+
+def _dummy(value: ir.Value) -> np.ndarray:
+    """Zeros of the shape and type of a constant that take no memory."""
+    return np.broadcast_to(np.zeros((), kind_of(value).numpy()), shape_of(value))
+
+
+def _shape_by_dummies(node: ir.Node) -> tuple[int, ...]:
+    """The shape of a view of a constant, found without reading it."""
+    rest = [None if v is None else matcher.constant(v) for v in node.inputs[1:]]
+    found = compile_node(node)([_dummy(_constant_of(node, 0)), *rest])[0]
+    return tuple(int(n) for n in np.shape(found))
+
+
+def _static(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape of a value if every dimension is known."""
+    dims = list(value.shape) if value.shape is not None else [None]
+    return tuple(d for d in dims if isinstance(d, int)) if _all_int(dims) else None
+
+
+def _all_int(dims: list[Any]) -> bool:
+    return all(isinstance(d, int) for d in dims)
+
+
+def _shrinks(node: ir.Node) -> bool:
+    """Whether a node gives no more numbers than its largest constant holds."""
+    shape = _static(node.outputs[0])
+    if node.op_type in _VIEWS:
+        return True
+    largest = max(math.prod(shape_of(v)) for v in _seen(node) if v is not None)
+    return shape is not None and math.prod(shape) <= largest
+
+
+def _part(run: Any, rest: list[Any], i: int, array: np.ndarray) -> np.ndarray:
+    return np.asarray(run([array, *rest])[i])
 
 
 def _constant_of(node: ir.Node, position: int) -> ir.Value:

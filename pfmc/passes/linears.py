@@ -15,6 +15,7 @@ from pfmc.passes.base import Context, Declined, Pass, PassResult
 from pfmc.passes.rules import Rule, apply_rules, where
 from pfmc.passes.weights import (
     KEY_PERM,
+    SLICE,
     bias_vector,
     derived,
     kind_of,
@@ -253,7 +254,9 @@ def layer_name(node: ir.Node) -> str:
     """The module that owns the weight of a fixed linear: scope, else weight name, else value."""
     weight = node.inputs[1]
     assert weight is not None
-    owner = provenance.weight(weight).split(" ")[0].rpartition(".")[0]
+    owner, _, part = provenance.weight(weight).split(" ")[0].rpartition(".")
+    if owner and SLICE in weight.meta:
+        return f"{owner}.{weight.meta[SLICE]}.{part}"
     scope = provenance.scope(node)
     name = str(weight.name).partition(":")[0]
     own = "" if provenance.invented(name) else name.rpartition(".")[0]

@@ -20,22 +20,46 @@ TRANSPOSE_OF = "pfmc.transpose_of"
 """In the ``meta`` of a lazy transpose: the tensor that it is the transpose of."""
 
 
+_VIEW = "pfmc.view"
+SLICE = "pfmc.slice"
+"""In the ``meta`` of a lazy constant: which slice of a stack of weights it is, an expert's say."""
+
+
 def derived(
     graph: ir.Graph, source: ir.Value, shape: tuple[int, ...], of: Callable[[Array], Array]
 ) -> ir.Value:
     """A lazy constant of `shape`, made of `source` by `of` at every reading; nothing is copied now.
 
-    It keeps the weight name of `source`; its own name is that of `source` with ``:lazy``.
+    It keeps the weight name of `source`; its own name is that of `source` with ``:lazy``. What is
+    derived of something derived reads the first source and copies once, at the end: a slice of a
+    stack of weights reads no more than the slice.
     """
-    tensor = source.const_value
-    assert tensor is not None
-    name = matcher.unique_name(graph, f"{source.name}:lazy")
+    assert source.const_value is not None
+    tensor, chain = source.meta.get(_VIEW, (source.const_value, ()))
+    chain = (*chain, of)
+    kind, name = source.const_value.dtype, matcher.unique_name(graph, f"{source.name}:lazy")
 
     def read() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(of(tensor.numpy())), dtype=tensor.dtype, name=name)
+        array = tensor.numpy()
+        for step in chain:
+            array = step(array)
+        return ir.tensor(np.ascontiguousarray(array), dtype=kind, name=name)
 
-    lazy = ir.LazyTensor(read, tensor.dtype, ir.Shape(shape), name=name)
-    return matcher.add_initialiser(graph, name, lazy, source.metadata_props)
+    lazy = ir.LazyTensor(read, kind, ir.Shape(shape), name=name)
+    value = matcher.add_initialiser(graph, name, lazy, source.metadata_props)
+    value.meta[_VIEW] = (tensor, chain)
+    if SLICE in source.meta:
+        value.meta[SLICE] = source.meta[SLICE]
+    return value
+
+
+def slices(graph: ir.Graph, source: ir.Value) -> list[ir.Value]:
+    """The matrices ``[rows, columns]`` of a constant stack ``[n, rows, columns]``, lazily."""
+    count, *rest = shape_of(source)
+    made = [derived(graph, source, tuple(rest), lambda a, i=i: a[i]) for i in range(count)]  # type: ignore[misc]
+    for i, value in enumerate(made):
+        value.meta[SLICE] = i
+    return made
 
 
 def transposed(graph: ir.Graph, source: ir.Value) -> ir.Value:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
+from pfmc.distill import generate
 from pfmc.distill.drive import detect
 from pfmc.distill.generate import Decoder, MemorySession, WindowSession
 from pfmc.distill.student import Student
@@ -140,3 +142,24 @@ def test_inputs_beside_the_tokens_are_filled_in(zoo: Path) -> None:
     assert decoder.drive.types
     ids = np.array([[3, 4, 5, 6]])
     np.testing.assert_allclose(decoder.logits(ids), free.logits(ids), atol=1e-5)
+
+
+def test_small_calls_run_on_one_thread_and_large_ones_on_all(
+    canonical_llama: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    decoder = Decoder(Student(canonical_llama()))
+    decoder.student.observe = lambda *_: counts.append(torch.get_num_threads())
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        few = decoder.logits(np.array([PROMPT]))
+        assert set(counts) == {1}
+        assert torch.get_num_threads() == 2
+        counts.clear()
+        monkeypatch.setattr(generate, "ONE_THREAD_PRODUCTS", 0)
+        many = decoder.logits(np.array([PROMPT]))
+        assert set(counts) == {2}
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(few, many, atol=1e-5)

@@ -190,3 +190,26 @@ def test_two_gigabytes_load_in_a_second(tmp_path: Path) -> None:
     assert seconds < 1.5
     assert megabytes < 100
     assert nodes == count
+
+
+def _resident(path: Path) -> int:
+    """Bytes of the maps of `path` that this process holds in memory."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.split()[0].count("-") == 1 and not line.split()[0].endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux")
+def test_hashing_a_mapped_file_keeps_none_of_it_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.data"
+    data = np.random.default_rng(0).bytes(9_000_001)
+    path.write_bytes(data)
+    file = open_mapped(path, follow=False)
+    assert sum(file.data[::4096]) > 0
+    assert _resident(path) > 8_000_000
+    assert file.sha256 == hashlib.sha256(data).hexdigest()
+    assert _resident(path) == 0

@@ -124,9 +124,11 @@ def _static(model: Any, inputs: dict[str, Any], path: Path) -> None:
 
 
 def _transformers(model: Any, inputs: dict[str, Any], path: Path, *, dynamic: bool) -> None:
+    import onnx_ir
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    OnnxExporter().export(model, inputs, OnnxConfig(dynamic=dynamic)).save(str(path))
+    exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=dynamic))
+    onnx_ir.save(exported.program, str(path))
 
 
 MODES: dict[str, Callable[[Any, dict[str, Any], Path], None]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from pfmc.cost import CostReport, Metric, Source, Term, ratio, total
 from pfmc.errors import UsageError
@@ -27,8 +29,7 @@ def report(
     """
     if not layers:
         raise UsageError("the model has no fixed linear: there is nothing to programme")
-    digital = fabric.cost(ops, technology, workload)
-    metrics = {m.key: m for m in _metrics(layers, ops, digital, technology, workload)}
+    metrics = {m.key: m for m in _metrics(layers, ops, technology, workload)}
     return CostReport(
         "crossbar", technology.name, f"{workload.kind}, context {workload.context}", metrics,
         _sources(metrics.values(), technology), validation.rows(technology),
@@ -37,13 +38,16 @@ def report(
 
 
 def _metrics(
-    layers: Sequence[LayerSummary], ops: Sequence[FabricOp], digital: FabricCost,
+    layers: Sequence[LayerSummary], ops: Sequence[FabricOp],
     technology: Technology, workload: Workload,
 ) -> Iterator[Metric]:  # fmt: skip
     t = technology
+    digital = fabric.cost(ops, t, workload)
     steps = fabric.linears_in_sequence(ops, len(layers))
     latency = total("latency__token", [*energy.latency_terms(layers, steps, t), *digital.latency])
     interval = energy.interval(t).at_least(digital.interval)
+    filled = max(1, math.floor((latency.value / interval).typical))
+    digital = fabric.cost(ops, t, replace(workload, users=workload.users or filled))
     analog = total("area__total", size.area(layers, t))
     logic = total("area__total", digital.area)
     spent = interval if workload.users is None else (
