@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint: config.json and safetensors become a graph, nothing is copied."""
+"""Reads a Hugging Face checkpoint: config.json and safetensors become a graph without a copy."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a checkpoint's folder or its ``config.json``, with weights of any kind."""
-    folder = path.parent if path.name == CONFIG and path.is_file() else path
-    if not (folder / CONFIG).is_file():
+    try:
+        if path.name == CONFIG and path.is_file():
+            return True
+        if not (path / CONFIG).is_file():
+            return False
+        if (path / INDEX).exists() or (path / SINGLE).exists():
+            return True
+        weights = (p for p in path.iterdir() if p.suffix in _PICKLE_ENDINGS)
+        return any(weights) or not any(path.glob("*.onnx"))
+    except OSError:  # `load` says what is wrong with the path
         return False
-    if (folder / INDEX).exists() or (folder / SINGLE).exists() or path.name == CONFIG:
-        return True
-    weights = (p for p in folder.iterdir() if p.suffix in _PICKLE_ENDINGS)
-    return any(weights) or not any(folder.glob("*.onnx"))
 
 
 def load_checkpoint(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
@@ -71,7 +75,7 @@ def _load(config_path: Path, trust_root: Path | None) -> Loaded:
     name, found = architecture(config)
     stored, files = read_all(ExternalData(config_path, trust_root))
     _enough_layers(config, stored)
-    g = Graph(stored, found.root, str(config_path.parent))
+    g = Graph(stored, found.root, found.other, str(config_path.parent), found.spelt)
     found.build(g, config)
     loaded = Loaded(
         model=g.finish(name, found.unused),

@@ -21,6 +21,7 @@ CODES: Final[dict[str, tuple[Severity, str]]] = {
     "PFM006": ("error", "The standard operator set is not imported exactly once"),
     "PFM007": ("error", "The opset is too old or too new"),
     "PFM008": ("note", "The opset is old; ingest rewrites it to the current one"),
+    "PFM009": ("error", "The checkpoint cannot be read as a model"),
     # operators and functions
     "PFM101": ("error", "An operator or its domain is unknown"),
     "PFM102": ("error", "Control flow cannot become fixed hardware"),
@@ -52,17 +53,18 @@ CODES: Final[dict[str, tuple[Severity, str]]] = {
     "PFM308": ("note", "Equal matrices are stored more than once"),
     "PFM309": ("note", "An embedding and a fixed linear are tied"),
     # shapes and names of inputs
-    "PFM401": ("note", "An input has dynamic dimensions"),
+    "PFM401": ("note", "Inputs have dynamic dimensions"),
     "PFM402": ("warning", "The sequence length is fixed in the file"),
     "PFM403": ("note", "KV memory bears other names than ours and is renamed"),
     "PFM404": ("note", "A dimension is a number written as text"),
     # the canonical form
-    "PFM501": ("warning", "A pass saw something it knows and left it alone"),
+    "PFM501": ("note", "A pass saw something it knows and left it alone"),
     "PFM502": ("warning", "Operations stay in pieces and are priced as work of the fabric"),
     "PFM503": ("error", "An operation cannot be built in any hardware of ours"),
     "PFM504": ("error", "The digital fabric has no unit for an operator"),
     "PFM505": ("error", "The passes failed on this model"),
     "PFM506": ("warning", "The model holds no fixed linear"),
+    "PFM507": ("error", "The trial run that finds every shape failed"),
 }
 """Code -> severity and what it says. A code is never given a second meaning."""
 
@@ -155,9 +157,9 @@ def table_text() -> str:
     """``docs/lint.md``: every code, its severity and its meaning."""
     lines = [
         "# Codes of `pfmc inspect --lint`", "",
-        "Made from the table in `pfmc/ingest/findings.py`; a test holds both equal. A code keeps its",
-        "meaning for good. An error means that the model cannot be compiled (exit code 3); a warning",
-        "costs energy, time or area; a note is good to know.", "",
+        "Made from the table in `pfmc/ingest/findings.py`; a test holds both equal. A code keeps",
+        "its meaning for good. An error: the model cannot be compiled (exit code 3). A warning:",
+        "it costs energy, time or area. A note: good to know.", "",
         "| code | severity | meaning |", "|---|---|---|",
     ]  # fmt: skip
     rows = [f"| {code} | {severity} | {title} |" for code, (severity, title) in CODES.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -64,10 +65,8 @@ class Guard:
         A check whose ground is missing (no graph, names that are no text) is left out.
         """
         self.found.clear()
-        try:
+        with suppress(_EnoughError):  # what was found so far is what there is to say
             self._run()
-        except _EnoughError:
-            pass  # what was found so far is what there is to say
         return tuple(self.found)
 
     def _run(self) -> None:

@@ -13,11 +13,13 @@ import onnx
 import onnx_ir as ir
 
 from pfmc.errors import FileError, InputError
-from pfmc.ingest import dialects, load, shapes
+from pfmc.ingest import dialects, shapes
+from pfmc.ingest.checkpoint import is_checkpoint, load_checkpoint
 from pfmc.ingest.external import ExternalData
 from pfmc.ingest.files import find, open_mapped
 from pfmc.ingest.findings import Finding, from_error
 from pfmc.ingest.guard import Guard
+from pfmc.ingest.load import build, drop_traces, map_weights, modernise, normalise, parse
 from pfmc.ingest.lowering import Lowering
 from pfmc.ingest.order import label
 from pfmc.ingest.rewrite import Builder
@@ -26,6 +28,8 @@ from pfmc.ingest.tensors import check_finite
 USUAL_OPSET = 18
 _PLAIN_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _NARROW = 8  # bits of a quantised weight, at most
+_SHOWN = 4
+_MATRIX_USERS = frozenset({"Conv", "Gather", "Gemm", "MatMul", "Transpose"})
 _CANONICAL_KV = re.compile(r"past_key_values\.\d+\.(key|value)")
 _KV_WORDS = re.compile(r"past|cache|kv", re.IGNORECASE)
 
@@ -48,25 +52,38 @@ class SourceLint:
 
 
 def lint_source(path: str | Path, trust_root: Path | None = None) -> SourceLint:
-    """Looks at the ONNX file `path`; every weight is read once.
+    """Looks at the ONNX file or the checkpoint `path`; every weight is read once.
 
     Raises:
         UsageError: there is no such file.
         FileError: the system refused to read it.
     """
+    if is_checkpoint(Path(path)):
+        return _lint_checkpoint(Path(path), trust_root)
     file = open_mapped(find(path), follow=True)
     name = str(file.path)
     try:
-        proto = load.parse(file)
+        proto = parse(file)
     except InputError as error:
         return SourceLint(file.path, (from_error("PFM001", error, name),), None)
-    load.drop_traces(proto)
+    drop_traces(proto)
     guarded = Guard(proto, name, frozenset(dialects.LOWERINGS)).findings()
     if guarded:
         return SourceLint(file.path, guarded, None)
     work = _Work(proto, name, ExternalData(file.path, trust_root))
     model = work.run()
     return SourceLint(file.path, tuple(work.found), model, tuple(map(label, proto.graph.node)))
+
+
+def _lint_checkpoint(path: Path, trust_root: Path | None) -> SourceLint:
+    try:
+        loaded = load_checkpoint(path, trust_root=trust_root)
+    except InputError as error:
+        return SourceLint(path, (from_error("PFM009", error, str(path)),), None)
+    found = [*_not_finite(loaded.model, str(path)), *_notes(loaded.model)]
+    loaded.release()
+    model = None if any(f.severity == "error" for f in found) else loaded.model
+    return SourceLint(path, tuple(found), model, tuple(str(n.name) for n in loaded.model.graph))
 
 
 @dataclass
@@ -116,16 +133,16 @@ class _Work:
 
     def _normalised(self) -> ir.Model | None:
         try:
-            views = load.map_weights(self.proto, self.external)
+            views = map_weights(self.proto, self.external)
         except InputError as error:  # only attributes are left: the weights were seen
             self.found.append(from_error("PFM304", error, self.file))
             return None
-        model = load.build(self.proto, views)
+        model = build(self.proto, views)
         try:
-            load.normalise(model)
+            normalise(model)
         except InputError as error:
             first = from_error("PFM110", error, self.file, nodes=_named(error))
-            more = self._refused(load.build(self.proto, views))
+            more = self._refused(build(self.proto, views))
             self.found += [first, *(f for f in more if f.nodes != first.nodes)]
             return None
         return model
@@ -133,7 +150,7 @@ class _Work:
     def _refused(self, model: ir.Model) -> Iterator[Finding]:
         """Every dialect node that cannot be lowered: each is tried, whatever became of others."""
         try:
-            load.modernise(model)
+            modernise(model)
         except InputError:
             return  # the finding that led here says so already
         builder = Builder(model.graph)
@@ -145,16 +162,25 @@ class _Work:
                 yield from_error("PFM110", error, self.file, nodes=(str(node.name),))
 
     def _weights(self, model: ir.Model) -> None:
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if tensor is not None and tensor.dtype.is_floating_point():
-                try:
-                    check_finite(name, tensor.numpy())
-                except InputError as error:
-                    self.found.append(from_error("PFM305", error, self.file, tensors=(name,)))
-        self.found += [*_odd_types(model), *_shared(model), *_repeated(model)]
+        self.found += [*_not_finite(model, self.file), *_notes(model)]
         for file in self.external.files.values():
             file.release()
+
+
+def _not_finite(model: ir.Model, file: str) -> Iterator[Finding]:
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point():
+            try:
+                check_finite(name, tensor.numpy())
+            except InputError as error:
+                yield from_error("PFM305", error, file, tensors=(name,))
+
+
+def _notes(model: ir.Model) -> Iterator[Finding]:
+    yield from _odd_types(model)
+    yield from _shared(model)
+    yield from _repeated(model)
 
 
 def _named(error: InputError) -> tuple[str, ...]:
@@ -176,8 +202,9 @@ def _old_opset(proto: onnx.ModelProto) -> Iterator[Finding]:
 def _inputs(proto: onnx.ModelProto) -> Iterator[Finding]:
     held = {t.name for t in proto.graph.initializer}
     given = [v for v in proto.graph.input if v.name not in held]
-    for value in given:
-        yield from _dims(value)
+    shapes = {v.name: [_word(d) for d in v.type.tensor_type.shape.dim] for v in given}
+    yield from _numbers_as_text(shapes)
+    yield from _dynamic(shapes)
     yield from _fixed_length(given)
     odd = [v.name for v in given if _odd_memory(v)]
     if odd:
@@ -185,17 +212,25 @@ def _inputs(proto: onnx.ModelProto) -> Iterator[Finding]:
         yield Finding("PFM403", what, tensors=tuple(odd))
 
 
-def _dims(value: onnx.ValueInfoProto) -> Iterator[Finding]:
-    dims = value.type.tensor_type.shape.dim
-    words = [_word(d) for d in dims]
-    place, tensors = f"input {value.name!r}", (value.name,)
-    numbers = [w for w in words if isinstance(w, str) and w.isdecimal()]
-    if numbers:
-        what = f"Dimension {', '.join(map(repr, numbers))} is text and is read as a number"
-        yield Finding("PFM404", what, place, tensors=tensors)
-    if any(isinstance(w, str) and not w.isdecimal() for w in words):
-        shape = ", ".join(map(str, words))
-        yield Finding("PFM401", f"The shape is [{shape}]", place, tensors=tensors)
+def _numbers_as_text(shapes: dict[str, list[int | str]]) -> Iterator[Finding]:
+    for name, words in shapes.items():
+        numbers = [w for w in words if isinstance(w, str) and w.isdecimal()]
+        if numbers:
+            what = f"Dimension {', '.join(map(repr, numbers))} is text and is read as a number"
+            yield Finding("PFM404", what, f"input {name!r}", tensors=(name,))
+
+
+def _dynamic(shapes: dict[str, list[int | str]]) -> Iterator[Finding]:
+    names = [n for n, words in shapes.items() if any(map(_is_symbol, words))]
+    if names:
+        told = "; ".join(f"{n} [{', '.join(map(str, shapes[n]))}]" for n in names[:_SHOWN])
+        more = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        what = f"{len(names)} inputs have dynamic dimensions: {told}{more}"
+        yield Finding("PFM401", what, tensors=tuple(names))
+
+
+def _is_symbol(word: int | str) -> bool:
+    return isinstance(word, str) and not word.isdecimal()
 
 
 def _word(dim: onnx.TensorShapeProto.Dimension) -> int | str:
@@ -240,7 +275,8 @@ def _odd_types(model: ir.Model) -> Iterator[Finding]:
 def _odd(tensor: ir.TensorProtocol) -> bool:
     if tensor.dtype.is_floating_point():
         return tensor.dtype not in _PLAIN_FLOATS and tensor.size > 1
-    return len(tensor.shape) >= 2 and 1 < tensor.dtype.bitwidth <= _NARROW and tensor.size > 1
+    narrow = tensor.dtype.bitwidth <= _NARROW and tensor.dtype != ir.DataType.BOOL
+    return narrow and len(tensor.shape) >= 2 and tensor.size > 1
 
 
 def _matrices(model: ir.Model) -> Iterator[tuple[str, ir.Value, ir.TensorProtocol]]:
@@ -253,7 +289,7 @@ def _matrices(model: ir.Model) -> Iterator[tuple[str, ir.Value, ir.TensorProtoco
 def _shared(model: ir.Model) -> Iterator[Finding]:
     for name, value, tensor in _matrices(model):
         users = [n for n, _ in value.uses()]
-        if len(users) > 1 and tensor.size > 1:
+        if len(users) > 1 and tensor.size > 1 and any(n.op_type in _MATRIX_USERS for n in users):
             what = f"{len(users)} operations use one matrix: {_ops(users)}"
             nodes = tuple(str(n.name) for n in users)
             yield Finding("PFM307", what, f"tensor {name!r}", nodes=nodes, tensors=(name,))

@@ -1,4 +1,4 @@
-"""Reads an ONNX file, refuses what is broken or hostile, and hands on one uniform graph."""
+"""Reads an ONNX file or a checkpoint, refuses what is broken, hands on one uniform graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -16,55 +15,23 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from pfmc.errors import InputError
 from pfmc.ingest import dialects, magic, shapes, tidy
+from pfmc.ingest.checkpoint import is_checkpoint, load_checkpoint
 from pfmc.ingest.external import ExternalData
 from pfmc.ingest.files import SourceFile, find, open_mapped
 from pfmc.ingest.guard import Guard
+from pfmc.ingest.loaded import Loaded, named
 from pfmc.ingest.opset import upgrade
 from pfmc.ingest.rewrite import Builder
-from pfmc.ingest.tensors import EAGER_BYTES, check_finite
+from pfmc.ingest.tensors import EAGER_BYTES
 from pfmc.ir import provenance
 from pfmc.ir.vocabulary import IR_VERSION
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model at stage SOURCE and the files it came from.
-
-    Attributes:
-        model: the uniform graph: opset 24, no functions, Constants, Identities or dead nodes.
-        path: the .onnx file.
-        sha256: its hex digest.
-        files: the .onnx file, then the external data files in order of first use.
-        exporter: who wrote it, e.g. ``"pytorch 2.13.0"``.
-        precision: the element type that most of the floating-point weights have.
-    """
-
-    model: ir.Model
-    path: Path
-    sha256: str
-    files: tuple[SourceFile, ...]
-    exporter: str
-    precision: ir.DataType
-
-    def release(self) -> None:
-        """Lets the system drop all weights that were paged in."""
-        for file in self.files:
-            file.release()
-
-    def check_finite(self) -> None:
-        """Reads every weight once and refuses NaN and infinity, naming tensor and index."""
-        with _named(self.path):
-            for name, value in self.model.graph.initializers.items():
-                tensor = value.const_value
-                if tensor is not None and tensor.dtype.is_floating_point():
-                    check_finite(name, tensor.numpy())
-
-
 def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
-    """Reads the ONNX file `path` as a uniform graph whose weights stay on disk until asked for.
+    """Reads the model `path` as a uniform graph whose weights stay on disk until asked for.
 
     Args:
-        path: the .onnx file.
+        path: the .onnx file, or the folder (or ``config.json``) of a Hugging Face checkpoint.
         trust_root: a folder within which external data may be reached through links; without
             it the data must lie in the folder of the .onnx file, as ordinary files.
 
@@ -73,6 +40,8 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
         InputError: the file is damaged, hostile or uses something that cannot be compiled.
         FileError: the system refused to read it.
     """
+    if is_checkpoint(Path(path)):
+        return load_checkpoint(path, trust_root=trust_root)
     with _no_collection():
         file = open_mapped(find(path), follow=True)
         proto = parse(file)
@@ -82,7 +51,7 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
         views = map_weights(proto, external)
         shapes.infer(proto, str(file.path))
         model = build(proto, views)
-        with _named(file.path):
+        with named(file.path):
             normalise(model)
     loaded = Loaded(
         model=model,
@@ -95,16 +64,6 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
     if sum(f.size for f in loaded.files) <= EAGER_BYTES:
         loaded.check_finite()
     return loaded
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors about a node or tensor say of which file."""
-    try:
-        yield
-    except InputError as error:
-        where = f"{path}: {error.where}"
-        raise InputError(error.what, where=where, mend=error.mend) from error
 
 
 @contextmanager
@@ -239,3 +198,6 @@ def precision(model: ir.Model) -> ir.DataType:
         if tensor is not None and tensor.dtype.is_floating_point():
             sizes[tensor.dtype] += tensor.size
     return sizes.most_common(1)[0][0] if sizes else ir.DataType.FLOAT
+
+
+__all__ = ["Loaded", "load"]

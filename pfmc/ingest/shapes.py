@@ -37,6 +37,23 @@ def infer(proto: onnx.ModelProto, file: str) -> None:
             proto.graph.value_info.append(value)
 
 
+def known_types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
+    """Value name -> type and shape, as far as they can be told; contradictions are passed over."""
+    try:
+        known = shape_inference.infer_shapes(_skeleton(proto), data_prop=True).graph
+    except (shape_inference.InferenceError, ValueError, RuntimeError):
+        known = proto.graph
+    inferred = (*known.input, *known.output, *known.value_info)
+    for value in inferred:
+        _forget_invented(value)
+    found: dict[str, onnx.TypeProto] = {}
+    for value in (*inferred, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        kind = value.type.tensor_type
+        if kind.elem_type and (kind.HasField("shape") or value.name not in found):
+            found[value.name] = value.type
+    return found
+
+
 def _drop_odd_notes(graph: onnx.GraphProto) -> None:
     """Notes on values of no or of a strange type say nothing."""
     kept = [v for v in graph.value_info if v.type.tensor_type.elem_type in DTYPES]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from pfmc.errors import did_you_mean
 from pfmc.ingest.hf.config import Config
-from pfmc.ingest.hf.graph import BATCH, PAST, SEQUENCE, TOTAL, Dims, Graph, dims
+from pfmc.ingest.hf.graph import BATCH, PAST, SEQUENCE, TOTAL, Dims, Graph, dims, width
 from pfmc.ingest.hf.rope import Rope
 from pfmc.ir import vocabulary
 from pfmc.ir.vocabulary import DOMAIN
@@ -37,18 +37,15 @@ def scaled(g: Graph, x: ir.Value, factor: float, at: str) -> ir.Value:
 
 def layer_norm(g: Graph, x: ir.Value, at: str, eps: float, *, bias: bool = True) -> ir.Value:
     """LayerNormalization over the last axis."""
-    width = dims(x)[-1]
-    assert isinstance(width, int)
-    shift = g.parameter(f"{at}.bias", (width,)) if bias else g.zeros(width)
-    inputs = [x, g.parameter(f"{at}.weight", (width,)), shift]
+    shape = (width(x),)
+    shift = g.parameter(f"{at}.bias", shape) if bias else g.zeros(width(x))
+    inputs = [x, g.parameter(f"{at}.weight", shape), shift]
     return g.op("LayerNormalization", inputs, dims(x), at, axis=-1, epsilon=eps)
 
 
 def rms_norm(g: Graph, x: ir.Value, at: str, eps: float, *, plus: float = 0.0) -> ir.Value:
     """RMSNormalization over the last axis; `plus` is added to its stored scale."""
-    width = dims(x)[-1]
-    assert isinstance(width, int)
-    scale = g.parameter(f"{at}.weight", (width,), plus=plus)
+    scale = g.parameter(f"{at}.weight", (width(x),), plus=plus)
     return g.op("RMSNormalization", [x, scale], dims(x), at, axis=-1, epsilon=eps)
 
 
@@ -108,10 +105,18 @@ def halves(g: Graph, x: ir.Value, at: str, *sizes: int) -> list[ir.Value]:
 # -- positions -----------------------------------------------------------------------------------
 
 
-def embed(g: Graph, ids: ir.Value, at: str, rows: int, width: int) -> ir.Value:
+def split(c: Config, hidden: int, *keys: str) -> tuple[int, int]:
+    """How many heads there are, and how wide each is."""
+    heads = c.integer(*keys)
+    if hidden % heads:
+        raise c.refuse(keys[0], f"does not divide the width {hidden}")
+    return heads, hidden // heads
+
+
+def embed(g: Graph, ids: ir.Value, at: str, rows: int, columns: int) -> ir.Value:
     """Rows of the table of module `at`."""
-    table = g.parameter(f"{at}.weight", (rows, width))
-    return g.op("Gather", [table, ids], (*dims(ids), width), at, axis=0)
+    table = g.parameter(f"{at}.weight", (rows, columns))
+    return g.op("Gather", [table, ids], (*dims(ids), columns), at, axis=0)
 
 
 @dataclass
@@ -131,10 +136,10 @@ class Frame:
     _made: dict[object, ir.Value] = field(default_factory=dict)
 
     @staticmethod
-    def decoder(g: Graph, layers: int, heads: int, width: int) -> Frame:
-        """The frame of a decoder with its KV memory ``[batch, heads, past, width]``."""
+    def decoder(g: Graph, layers: int, heads: int, wide: int) -> Frame:
+        """The frame of a decoder with its KV memory ``[batch, heads, past, wide]``."""
         frame = Frame(g, g.input("input_ids", (BATCH, SEQUENCE), INT))
-        shape: Dims = (BATCH, heads, PAST, width)
+        shape: Dims = (BATCH, heads, PAST, wide)
         for i in range(layers):
             names = (f"past_key_values.{i}.{kind}" for kind in ("key", "value"))
             key, value = (g.input(name, shape) for name in names)
@@ -194,14 +199,11 @@ class Frame:
 
     def turned(self, x: ir.Value, rope: Rope, at: str) -> ir.Value:
         """``x[B, H, S, D]`` rotated by its positions, or the first `rope.width` numbers of it."""
-        cos, sin = (
-            self._once((rope, op), lambda op=op: self._table(rope, op)) for op in ("Cos", "Sin")
-        )
-        width = dims(x)[-1]
-        assert isinstance(width, int)
-        if rope.width == width:
+        cos = self._once((rope, "Cos"), lambda: self._table(rope, "Cos"))
+        sin = self._once((rope, "Sin"), lambda: self._table(rope, "Sin"))
+        if rope.width == width(x):
             return self.g.op(vocabulary.ROTARY, [x, cos, sin], dims(x), at, domain=DOMAIN)
-        left, right = halves(self.g, x, at, rope.width, width - rope.width)
+        left, right = halves(self.g, x, at, rope.width, width(x) - rope.width)
         left = self.g.op(vocabulary.ROTARY, [left, cos, sin], dims(left), at, domain=DOMAIN)
         return self.g.op("Concat", [left, right], dims(x), at, axis=-1)
 
@@ -283,17 +285,14 @@ class Frame:
 
     def heads(self, x: ir.Value, count: int, at: str) -> ir.Value:
         """``[B, S, heads * D]`` as ``[B, S, heads, D]``."""
-        batch, length, width = dims(x)
-        assert isinstance(width, int)
-        shape: Dims = (batch, length, count, width // count)
-        return self.g.op(
-            "Reshape", [x, self.g.integers(0, 0, count, width // count)], shape, at
-        )
+        own = width(x) // count
+        shape: Dims = (*dims(x)[:2], count, own)
+        return self.g.op("Reshape", [x, self.g.integers(0, 0, count, own)], shape, at)
 
     def forward(self, x: ir.Value, at: str) -> ir.Value:
         """``[B, S, heads, D]`` as ``[B, heads, S, D]``."""
-        batch, length, count, width = dims(x)
-        return self.g.op("Transpose", [x], (batch, count, length, width), at, perm=(0, 2, 1, 3))
+        batch, length, count, own = dims(x)
+        return self.g.op("Transpose", [x], (batch, count, length, own), at, perm=(0, 2, 1, 3))
 
     def attend(
         self, q: ir.Value, k: ir.Value, v: ir.Value, at: str, scale: float, *,
@@ -305,20 +304,19 @@ class Frame:
         if layer is not None:
             inputs += self.memory[layer]
             shapes += [(*dims(m)[:2], TOTAL, dims(m)[3]) for m in self.memory[layer]]
-        extra = {"softcap": softcap} if softcap else {}
+        used = inputs[:3] if layer is None and mask is None else inputs
         made = self.g.ops(
-            "Attention", inputs if layer is not None or mask is not None else inputs[:3], shapes,
-            at, scale=scale, is_causal=int(layer is not None), **extra,
+            "Attention", used, shapes, at, scale=scale, is_causal=int(layer is not None),
+            softcap=softcap,
         )  # fmt: skip
         self._describe(made[0], layer is not None, window)
         for kind, value in zip(("key", "value"), made[1:], strict=False):
-            self.g.output(value, f"present.{layer}.{kind}")
-        batch, count, length, width = dims(q)
+            self.g.remember(value, f"present.{layer}.{kind}")
+        y = self.forward(made[0], at)  # the same exchange of axes leads back
+        count = dims(q)[1]
         assert isinstance(count, int)
-        assert isinstance(width, int)
-        y = self.g.op("Transpose", [made[0]], (batch, length, count, width), at, perm=(0, 2, 1, 3))
-        flat = self.g.integers(0, 0, count * width)
-        return self.g.op("Reshape", [y, flat], (batch, length, count * width), at)
+        flat = self.g.integers(0, 0, count * width(q))
+        return self.g.op("Reshape", [y, flat], (*dims(y)[:2], count * width(q)), at)
 
     def _describe(self, y: ir.Value, causal: bool, window: int) -> None:
         node = y.producer()

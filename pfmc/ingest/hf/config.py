@@ -38,7 +38,7 @@ class Config:
         return InputError(f"{key} = {shown} {fault}", where=self.where, mend=mend)
 
     def get(self, *keys: str) -> tuple[str, Any]:
-        """The first of `keys` that is there and not null, and its value; else the first and None."""
+        """The first of `keys` that is there and not null, and its value; or the first and None."""
         for key in keys:
             if self.body.get(key) is not None:
                 return key, self.body[key]

@@ -258,9 +258,7 @@ def _capped(g: Graph, y: ir.Value, cap: float) -> ir.Value:
         return y
     limit = g.number(cap, f"cap_{cap:g}")
     shrunk = g.op("Div", [y, limit], dims(y), "lm_head")
-    return g.op(
-        "Mul", [g.op("Tanh", [shrunk], dims(y), "lm_head"), limit], dims(y), "lm_head"
-    )
+    return g.op("Mul", [g.op("Tanh", [shrunk], dims(y), "lm_head"), limit], dims(y), "lm_head")
 
 
 def _layer(frame: Frame, x: ir.Value, plan: Plan, i: int) -> ir.Value:
@@ -292,9 +290,7 @@ def _attention(frame: Frame, x: ir.Value, at: str, plan: Plan, i: int) -> ir.Val
         q, k = _norm(g, q, f"{at}.q_norm", plan), _norm(g, k, f"{at}.k_norm", plan)
     q, k = (frame.turned(frame.forward(y, at), plan.ropes[i], at) for y in (q, k))
     v = frame.forward(frame.heads(v, plan.kv_heads, at), at)
-    y = frame.attend(
-        q, k, v, at, plan.scale, layer=i, window=plan.windows[i], softcap=plan.softcap
-    )
+    y = frame.attend(q, k, v, at, plan.scale, layer=i, window=plan.windows[i], softcap=plan.softcap)
     return g.linear(y, f"{at}.o_proj", plan.hidden, bias=plan.out_bias)
 
 

@@ -26,6 +26,13 @@ def dims(value: ir.Value) -> Dims:
     return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
 
 
+def width(value: ir.Value) -> int:
+    """The fixed size of the last axis of a value that `Graph` made."""
+    found = dims(value)[-1]
+    assert isinstance(found, int)
+    return found
+
+
 @dataclass
 class Graph:
     """A graph in the making.
@@ -33,14 +40,19 @@ class Graph:
     Attributes:
         stored: the tensors of the checkpoint.
         root: what the parameter names of the base model begin with, e.g. ``"model."``.
+        other: what they may begin with instead: checkpoints with and without a head differ.
         where: the checkpoint, for messages.
+        spelt: pairs of today's and an older spelling of parts of parameter names.
     """
 
     stored: Mapping[str, Stored]
     root: str
+    other: str
     where: str
+    spelt: tuple[tuple[str, str], ...] = ()
     inputs: list[ir.Value] = field(default_factory=list)
     outputs: list[ir.Value] = field(default_factory=list)
+    _presents: list[ir.Value] = field(default_factory=list)
     _nodes: list[ir.Node] = field(default_factory=list)
     _held: dict[object, ir.Value] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
@@ -59,6 +71,11 @@ class Graph:
         """Makes `value` a graph output called `name`; what `pfmc.value` says stays."""
         value.name = self._unique(name)
         self.outputs.append(value)
+
+    def remember(self, value: ir.Value, name: str) -> None:
+        """Makes `value` an output of the KV memory; these stand behind the others."""
+        value.name = self._unique(name)
+        self._presents.append(value)
 
     def _unique(self, stem: str) -> str:
         name, count = stem, 0
@@ -104,12 +121,19 @@ class Graph:
 
     def find(self, name: str) -> str | None:
         """What the checkpoint calls parameter `name`: with or without the root, old spellings."""
-        spellings = [name, name.removeprefix(self.root), self.root + name]
-        old = {".weight": ".gamma", ".bias": ".beta"}
-        for new, legacy in old.items():
-            if name.endswith(new) and "norm" in name.lower():
-                spellings += [s.removesuffix(new) + legacy for s in spellings[:3]]
-        return next((s for s in spellings if s in self.stored), None)
+        if name in self.stored:
+            return name
+        old = name
+        for now, then in self.spelt:
+            old = old.replace(now, then)
+        for new, legacy in (("Norm.weight", "Norm.gamma"), ("Norm.bias", "Norm.beta")):
+            if name.endswith(new):
+                old = old.removesuffix(new) + legacy
+        candidates = [old]
+        for given in (name, old):
+            if given.startswith(self.root):
+                candidates.append(self.other + given.removeprefix(self.root))
+        return next((s for s in candidates if s in self.stored), None)
 
     def parameter(
         self, name: str, shape: tuple[int, ...], *, turned: bool = False, plus: float = 0.0
@@ -164,7 +188,7 @@ class Graph:
         name: str = "",
         **attributes: float | int | str | Sequence[int],
     ) -> ir.Value:
-        """Appends a node with one output of `shape` in module scope `at`, and returns the output."""
+        """Appends a node with one output of `shape` in module scope `at`; returns the output."""
         (value,) = self.ops(
             op_type, inputs, (shape,), at, kind=kind, domain=domain, name=name, **attributes
         )
@@ -209,9 +233,7 @@ class Graph:
             turned: whether its weight is stored ``[out, in]``, as torch's Linear does.
             weight, bias_name: parameter names, if not ``<at>.weight`` and ``<at>.bias``.
         """
-        width = dims(x)[-1]
-        assert isinstance(width, int)
-        shape = (outputs, width) if turned else (width, outputs)
+        shape = (outputs, width(x)) if turned else (width(x), outputs)
         matrix = self.parameter(weight or f"{at}.weight", shape, turned=turned)
         row = self.zeros(outputs)
         if bias:
@@ -252,7 +274,7 @@ class Graph:
             )  # fmt: skip
         read = {v for n in self._nodes for v in n.inputs if v is not None}
         graph = ir.Graph(
-            self.inputs, self.outputs, nodes=self._nodes, name=name,
+            self.inputs, [*self.outputs, *self._presents], nodes=self._nodes, name=name,
             initializers=[v for v in self._held.values() if v in read],
             opset_imports={"": vocabulary.OPSET},
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reads JSON from untrusted files: sizes capped, no duplicate keys, no NaN, no bottomless nesting."""
+"""Reads JSON from untrusted files: sizes capped, no duplicate keys, no NaN, no deep nesting."""
 
 from __future__ import annotations
 
