@@ -26,6 +26,7 @@ from pfmc.targets.fabric.work import fabric_ops
 _RAISED = frozenset({
     "Add", "Attention", "Gather", "Gelu", "LayerNormalization", "Mul", "RMSNormalization", "Relu",
     "Rotary", "Sub", "SwiGLU", "Swish", "Tanh",
+    "Where",
 })  # fmt: skip
 """Operations of a transformer that hardware runs whole, or that are single steps anyway."""
 _FREE = frozenset({"wiring", "control", "table", "embedding", "sampling"})
@@ -144,6 +145,12 @@ class _Names:
         ids = [int(i[1:]) for i in provenance.sources(node) if i[1:].isdecimal()] if node else []
         return tuple(self._labels[i] for i in ids if i < len(self._labels))
 
+    def behind(self, name: str) -> tuple[str, ...]:
+        """The same for the name of a node, which may be gone by now."""
+        if name in self.nodes:
+            return self.of(self.nodes[name])
+        return (name,) if name in self._labels else ()
+
 
 def _illegal(outcome: Outcome, names: _Names) -> Iterator[Finding]:
     """What may not stand in the canonical graph, grouped by what is wrong and why."""
@@ -176,9 +183,7 @@ def _declined(outcome: Outcome, names: _Names, told: set[str]) -> Iterator[Findi
             if declined.where not in places:
                 places.append(declined.where)
     for (pass_name, reason), places in groups.items():
-        nodes = tuple(
-            dict.fromkeys(n for p in places for n in names.of(names.nodes.get(_node_of(p))))
-        )
+        nodes = tuple(dict.fromkeys(n for p in places for n in names.behind(_node_of(p))))
         if nodes and told.issuperset(nodes):
             continue
         yield Finding("PFM501", f"{pass_name}: {reason} x {len(places)}", _some(tuple(places)),
@@ -205,7 +210,7 @@ def _fabric(model: ir.Model, names: _Names) -> Iterator[Finding]:
     try:
         ops = fabric_ops(model, probe_shapes(model))
     except PfmcError as error:
-        yield Finding("PFM505", error.what, error.where, error.mend)
+        yield Finding("PFM507", error.what, error.where, error.mend)
         return
     yield from _pieces({o.name: o.kind for o in ops}, names)
 
@@ -223,9 +228,7 @@ def _pieces(kinds: dict[str, str], names: _Names) -> Iterator[Finding]:
         if kinds.get(name, "control") not in _FREE and node.op_type not in _RAISED:
             groups.setdefault(node.op_type, []).append(node)
     for op, nodes in sorted(groups.items()):
-        if op in (vocabulary.FIXED_LINEAR,):
-            continue
         places = tuple(dict.fromkeys(filter(None, map(provenance.scope, nodes))))
         sources = tuple(dict.fromkeys(s for n in nodes for s in names.of(n)))
-        yield Finding("PFM502", f"{op} x {len(nodes)} stay as they are", _some(places),
+        yield Finding("PFM502", f"{op} x {len(nodes)} outside the known blocks", _some(places),
                       nodes=sources)  # fmt: skip

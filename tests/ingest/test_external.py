@@ -15,6 +15,7 @@ import pytest
 
 from pfmc.errors import InputError
 from pfmc.ingest import load
+from pfmc.ingest.files import open_mapped
 
 onnx = pytest.importorskip("onnx")
 
