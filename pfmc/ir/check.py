@@ -128,6 +128,8 @@ def _illegal(node: ir.Node, stage: Stage) -> Iterator[str]:
             yield f"{node.op_type} cannot be built at stage {stage.value}"
         elif node.op_type == "MatMul" and any(map(_is_weight, node.inputs, (-1, -2))):
             yield "a product with a constant that did not become a fixed linear"
+        elif node.op_type == "MatMul" and any(map(gathered_weights, node.inputs)):
+            yield "a product with weights gathered at run time: they cannot be fixed"
 
 
 def _is_weight(value: ir.Value | None, summed: int) -> bool:
@@ -139,6 +141,21 @@ def _is_weight(value: ir.Value | None, summed: int) -> bool:
         return False
     shape = value.const_value.shape
     return len(shape) < 2 or shape[summed] != 1
+
+
+_BENDING = frozenset({"Transpose", "Squeeze", "Unsqueeze", "Cast", "Reshape"})
+
+
+def gathered_weights(value: ir.Value | None) -> bool:
+    """Whether a factor is gathered at run time from a constant stack of matrices."""
+    maker = value.producer() if value is not None else None
+    while maker is not None and maker.op_type in _BENDING and maker.inputs[0] is not None:
+        maker = maker.inputs[0].producer()
+    if maker is None or maker.op_type not in ("Gather", "GatherND"):
+        return False
+    stack = maker.inputs[0]
+    constant = stack.const_value if stack is not None else None
+    return constant is not None and len(constant.shape) == 3
 
 
 def _illegal_own(node: ir.Node) -> Iterator[str]:

@@ -25,11 +25,16 @@ class Scores:
     scale: float
     masks: tuple[ir.Value, ...]
     nodes: tuple[ir.Node, ...]
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True)
 class Site:
-    """One attention: the nodes it is made of and its parts."""
+    """One attention: the nodes it is made of and its parts.
+
+    `sink` is ``[B, H, S, 1]``: a score that takes part in the softmax and has no value (Xiao et
+    al. 2023; gpt-oss).
+    """
 
     scores: Scores
     output: ir.Value
@@ -41,6 +46,7 @@ class Site:
     perm: tuple[int, ...] | None = None
     scale: float = 1.0
     moves: tuple[ir.Node, ...] = ()
+    sink: ir.Value | None = None
 
 
 class RefusedError(Exception):
@@ -58,10 +64,11 @@ def read(softmax: ir.Node, known: Shapes) -> Site:
         raise RefusedError("a softmax of other than four dimensions")
     if matcher.attribute(softmax, "axis", -1) not in (-1, 3):
         raise RefusedError("a softmax along another axis than the last")
-    scores = _read_scores(softmax.inputs[0])
+    inner, sink, joining = _read_sink(softmax.inputs[0])
+    scores = _read_scores(inner)
     if scores is None:
         raise RefusedError("its input is not a masked product")
-    product, behind = _read_output(softmax)
+    product, behind = _read_output(softmax, sink is not None)
     q, q_scale = _strip_scale(scores.product.inputs[0])
     kt, k_scale = _strip_scale(scores.product.inputs[1])
     v = product.inputs[1]
@@ -76,9 +83,29 @@ def read(softmax: ir.Node, known: Shapes) -> Site:
     if len(groups) != 1:
         k, perm, value = *_full_keys(kt), v
     moves = _between(scores.product.inputs[1], k) + _between(v, value)
-    nodes = (*scores.nodes, softmax, *behind, product)
+    nodes = (*scores.nodes, *joining, softmax, *behind, product)
     scale = scores.scale * q_scale * k_scale
-    return Site(scores, product.outputs[0], product, nodes, q, k, value, perm, scale, moves)
+    return Site(scores, product.outputs[0], product, nodes, q, k, value, perm, scale, moves, sink)
+
+
+def _read_sink(
+    value: ir.Value | None,
+) -> tuple[ir.Value | None, ir.Value | None, tuple[ir.Node, ...]]:
+    """``Concat(scores, sink)``, less its own maximum or not: scores, sink and the nodes."""
+    passed: tuple[ir.Node, ...] = ()
+    joined = value
+    if (less := matcher.producer(value, "Sub")) is not None:
+        peak = matcher.producer(less.inputs[1], "ReduceMax")
+        if peak is None or peak.inputs[0] is not less.inputs[0]:
+            return value, None, ()
+        joined, passed = less.inputs[0], (peak, less)
+    node = matcher.producer(joined, "Concat")
+    if node is None or len(node.inputs) != 2 or matcher.attribute(node, "axis") not in (-1, 3):
+        return value, None, ()
+    scores, sink = node.inputs
+    if matcher.static_dim(sink, -1) != 1 or matcher.rank(sink) != 4:
+        return value, None, ()
+    return scores, sink, (node, *passed)
 
 
 def _read_scores(value: ir.Value | None) -> Scores | None:
@@ -102,7 +129,8 @@ def _read_add(node: ir.Node) -> Scores | None:
         other = node.inputs[mask]
         if found is not None and other is not None:
             masks = (*found.masks, other)
-            return Scores(found.product, found.scale, masks, (*found.nodes, node))
+            nodes = (*found.nodes, node)
+            return Scores(found.product, found.scale, masks, nodes, found.softcap)
     return None
 
 
@@ -111,16 +139,38 @@ def _read_scaling(node: ir.Node) -> Scores | None:
         number = matcher.scalar(node.inputs[factor])
         if number is None or (node.op_type == "Div" and inner):
             continue
+        if (tanh := matcher.producer(node.inputs[inner], "Tanh")) is not None:
+            return _read_softcap(node, tanh, number)
         found = _read_scores(node.inputs[inner])
-        if found is None or found.masks:
+        if found is None or found.masks or found.softcap:
             return None
         scale = found.scale * number if node.op_type == "Mul" else found.scale / number
         return Scores(found.product, scale, (), (*found.nodes, node))
     return None
 
 
-def _read_output(softmax: ir.Node) -> tuple[ir.Node, tuple[ir.Node, ...]]:
-    """The product with the values, and the guard against NaN, Cast and Dropout before it."""
+def _read_softcap(node: ir.Node, tanh: ir.Node, cap: float) -> Scores | None:
+    """``cap * tanh(scores / cap)`` (Gemma 2)."""
+    found = _read_scores(tanh.inputs[0])
+    if found is None or found.masks or found.softcap or node.op_type != "Mul" or cap <= 0:
+        return None
+    return Scores(found.product, found.scale * cap, (), (*found.nodes, tanh, node), cap)
+
+
+def _drops_last(node: ir.Node) -> bool:
+    """``p[..., :-1]``."""
+    parts = [matcher.integers(v) for v in node.inputs[1:]]
+    plain = len(parts) < 4 or parts[3] == (1,)
+    return node.op_type == "Slice" and parts[:2] == [(0,), (-1,)] and plain and (
+        len(parts) > 2 and parts[2] in ((-1,), (3,))
+    )  # fmt: skip
+
+
+def _read_output(softmax: ir.Node, sunk: bool) -> tuple[ir.Node, tuple[ir.Node, ...]]:
+    """The product with the values, and the guard against NaN, Cast and Dropout before it.
+
+    If a sink took part (`sunk`), its column must be dropped on the way.
+    """
     value, passed = softmax.outputs[0], list[ir.Node]()
     while True:
         nodes = list(dict.fromkeys(use.node for use in value.uses()))
@@ -133,7 +183,10 @@ def _read_output(softmax: ir.Node) -> tuple[ir.Node, tuple[ir.Node, ...]]:
         elif len(nodes) == 1 and nodes[0].op_type in ("Identity", "Dropout"):
             passed.append(nodes[0])
             value = nodes[0].outputs[0]
-        elif len(nodes) == 1 and nodes[0].op_type == "MatMul" and nodes[0].inputs[0] is value:
+        elif len(nodes) == 1 and sunk and _drops_last(nodes[0]):
+            passed.append(nodes[0])
+            value, sunk = nodes[0].outputs[0], False
+        elif len(nodes) == 1 and not sunk and nodes[0].op_type == "MatMul" and nodes[0].inputs[0] is value:
             return nodes[0], tuple(passed)
         else:
             raise RefusedError("the attention weights are not multiplied with values alone")

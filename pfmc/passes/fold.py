@@ -166,6 +166,8 @@ class _Sweep:
         if node.op_type == "Transpose" and len(shape_of(_constant_of(node, 0))) == 2:
             self._transpose(node)
             return
+        if SLICE in _constant_of(node, 0).meta and self._delay(node):
+            return
         array = self._compute(node)
         if array is not None:
             self._become_initialiser(node, ir.tensor(array))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from pfmc.ir import matcher, shapes, vocabulary
 from pfmc.ir.shapes import Shapes
 from pfmc.passes.base import Context, Declined, Pass, PassResult
-from pfmc.passes.masks import KEY_MASK, KEY_WINDOW, data_inputs
+from pfmc.passes.masks import KEY_MASK, KEY_SINK, KEY_WINDOW, data_inputs
 from pfmc.passes.rules import where
 
 _CARRIERS = frozenset(
@@ -131,6 +131,8 @@ class _Work:
         """The number of positions, one symbol."""
         found = set()
         for node in self.attentions:
+            if KEY_SINK in node.metadata_props:
+                raise _RefusedError("an attention with a sink gets no memory", node)
             if matcher.attribute(node, "is_causal", 0) != 1:
                 raise _RefusedError("an attention that is not causal: no decoder", node)
             q, k = self.shapes.shape(node.inputs[0]), self.shapes.shape(node.inputs[1])

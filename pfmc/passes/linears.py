@@ -8,10 +8,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from pfmc.ir import matcher, provenance, vocabulary
+from pfmc.ir import check, matcher, provenance, vocabulary
 from pfmc.ir.matcher import Constant, Match, Op, Var
-from pfmc.passes import patches
+from pfmc.passes import patches, unfold
 from pfmc.passes.base import Context, Declined, Pass, PassResult
+from pfmc.passes.experts import GatheredExperts, StackedProduct
 from pfmc.passes.rules import Rule, apply_rules, where
 from pfmc.passes.weights import (
     KEY_PERM,
@@ -217,22 +218,29 @@ class Linears(Pass):
         """Applies the rules of this file and of `patches`, then names every fixed linear."""
         graph = model.graph
         outer, _, products = apply_rules(graph, (OuterProduct(),), self.name)
-        rules = (MatMulRight(), MatMulLeft(), Gemm(), patches.PatchEmbedding(), patches.Patches())
+        stacks, _, stacked = apply_rules(graph, (StackedProduct(), GatheredExperts()), self.name)
+        rules = (MatMulRight(), MatMulLeft(), Gemm())
         changed, declined, counts = apply_rules(graph, rules, self.name)
+        convolutions = (patches.PatchEmbedding(), patches.Patches(), unfold.Unfolded())
+        windows, _, unfolded = apply_rules(graph, convolutions, self.name)
         name_layers(graph)
         vocabulary.install(model)
         left = _left_over(graph, self.name)
         reasons = tuple(dict.fromkeys((*declined, *left)))
-        return PassResult(model, outer + changed, reasons, {**products, **counts})
+        total = outer + stacks + changed + windows
+        return PassResult(model, total, reasons, {**products, **stacked, **counts, **unfolded})
 
 
 def _left_over(graph: ir.Graph, pass_name: str) -> tuple[Declined, ...]:
-    """Convolutions that are no linears."""
-    return tuple(
-        Declined(pass_name, where(node), patches.reason(node))
-        for node in graph
-        if vocabulary.is_op(node, "Conv")
-    )
+    """Convolutions that are no linears, and products with weights gathered at run time."""
+    found: list[Declined] = []
+    for node in graph:
+        if vocabulary.is_op(node, "Conv"):
+            found.append(Declined(pass_name, where(node), unfold.reason(node)))
+        elif vocabulary.is_op(node, "MatMul") and any(map(check.gathered_weights, node.inputs)):
+            reason = "weights gathered at run time: export with one product for each expert"
+            found.append(Declined(pass_name, where(node), reason))
+    return tuple(found)
 
 
 def name_layers(graph: ir.Graph) -> None:

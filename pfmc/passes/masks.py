@@ -21,10 +21,12 @@ from pfmc.ir.shapes import Dim, Shapes
 
 KEY_MASK = "pfmc.mask"
 KEY_WINDOW = "pfmc.window"
+KEY_SINK = "pfmc.sink"
 
 BLOCKED = -1e30
 _LARGEST_LENGTH = 2048
 _MOST_NODES = 400
+_HOP = 1024  # samples for each position where a mask depends on the length of a sound
 _HEAVY = frozenset({"FixedLinear", "QuantisedLinear", "MatMul", "Gemm", "Conv", "Attention"})
 Allowed = npt.NDArray[np.bool_]
 
@@ -199,7 +201,8 @@ def _sizes(
             _settle(sizes, dims[1], shapes.value_at(keys, sizes))
         for axis, dim in enumerate(dims):
             for name in shapes.symbols_of([dim]):
-                sizes.setdefault(name, 2 if axis == 0 else length)
+                sound = value.dtype == ir.DataType.FLOAT and len(dims) == 2
+                sizes.setdefault(name, 2 if axis == 0 else length * (_HOP if sound else 1))
     return sizes
 
 
@@ -315,6 +318,8 @@ def _evaluate(
     if not ((array == 0) | (array <= BLOCKED)).all():
         return None
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    if not array.any():  # hides nothing, however long it is
+        return np.ones((array.shape[0], trial.queries, trial.keys), bool)
     if not (array == array[:, :1]).all():
         return None
     shape = (array.shape[0], trial.queries, trial.keys)

@@ -56,7 +56,7 @@ class Quantise(Pass):
     weight_bits: int | Literal["target"] = 4
     granularity: Literal["channel", "tile"] = "channel"
     search: Search = "clip"
-    inputs: Literal["static", "token"] = "static"
+    inputs: Literal["static", "token", "target"] = "static"
     input_range: Literal["mse", "peak"] = "mse"
     layers: tuple[LayerFormat, ...] = ()
 
@@ -291,7 +291,8 @@ class _Work:
 
     def _converter(self, x: ir.Value, reader: ir.Node) -> ir.Node:
         top = {"top": float(2 ** (self.limits.input_bits - 1) - 1)}
-        if self.options.inputs == "token":
+        token = self.options.inputs == "target" and not self.limits.static_inputs
+        if token or self.options.inputs == "token":
             return matcher.fresh(vocabulary.QUANTISE_TOKEN, [x], top, domain=DOMAIN)
         step = self._static_step(str(reader.name), top["top"])
         name = matcher.unique_name(self.graph, f"{x.name}:scale")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from pfmc.ir import matcher, shapes
@@ -13,6 +14,7 @@ from pfmc.passes.attention_site import RefusedError, Site, read
 from pfmc.passes.base import Context, Declined, Pass, PassResult
 from pfmc.passes.masks import (
     KEY_MASK,
+    KEY_SINK,
     KEY_WINDOW,
     Finding,
     Probe,
@@ -33,6 +35,10 @@ class RaiseAttention(Pass):
     Scalings of q, of k and of the scores are gathered in `scale`. Whatever Reshape, Transpose,
     Expand and Unsqueeze lie between k and k' are proved to be that repetition (and transposition)
     by moving numbered elements through them. A guard that turns NaN into zero is dropped.
+
+    ``cap * tanh(s / cap)`` around the scores becomes `softcap`. A sink, a score that takes part in
+    the softmax without a value, becomes one key and one value of zeros more, whose column of the
+    then explicit mask holds the sink's score (``pfmc.sink``).
 
     The mask is computed, not matched (`pfmc.passes.masks`). Proven causal: ``is_causal=1``.
     Proven to hide the columns of a graph input: one plain mask of that input, shared by all
@@ -69,6 +75,9 @@ class _Work:
     def visit(self, softmax: ir.Node) -> None:
         """Raises one attention or raises `RefusedError`."""
         site = read(softmax, self.shapes)
+        if site.sink is not None:
+            self._visit_sunk(softmax, site, site.sink)
+            return
         memory = self._memory(site)
         queries, keys = self._lengths(site)
         mask, finding = self._mask(site, aligned=memory is not None or queries == keys)
@@ -82,7 +91,7 @@ class _Work:
             (past_k, k), (past_v, v) = memory
             past = [past_k, past_v]
         inputs = [site.q, k, v, *([mask, *past] if past or mask is not None else [])]
-        options = {"scale": site.scale, "is_causal": int(finding.causal)}
+        options = _options(site, finding.causal)
         node = matcher.fresh("Attention", inputs, options, outputs=3 if past else 1)
         _describe(node, finding)
         if finding.reason:
@@ -90,6 +99,32 @@ class _Work:
         self._put(site, [*before, node], (site.k, site.v) if past else ())
         self._drop_guard(node, Probe(finding, (queries, keys), self.shapes, self.seed))
         self.counts[finding.kind] = self.counts.get(finding.kind, 0) + 1
+        self.changed += 1
+
+    def _visit_sunk(self, softmax: ir.Node, site: Site, sink: ir.Value) -> None:
+        """Raises one attention with a sink."""
+        if not site.scores.masks:
+            raise RefusedError("an attention with a sink and no mask")
+        mask = site.scores.masks[0] if len(site.scores.masks) == 1 else self._sum(site)
+        new: list[ir.Node] = []
+
+        def add(op_type: str, inputs: list[ir.Value], **options: object) -> ir.Value:
+            new.append(matcher.fresh(op_type, inputs, options))
+            return new[-1].outputs[0]
+
+        k = site.k if site.perm is None else add("Transpose", [site.k], perm=site.perm)
+        name = str(site.output.name)
+        ends = matcher.add_array(self.graph, f"{name}:end", np.asarray([0] * 6 + [1, 0], np.int64))
+        k, v = add("Pad", [k, ends]), add("Pad", [site.v, ends])
+        mask = add("Expand", [mask, add("Shape", [sink])])
+        mask = add("Concat", [mask, sink], axis=-1)
+        new.append(matcher.fresh("Attention", [site.q, k, v, mask], _options(site, False)))
+        finding = explicit("an attention sink: its score stands in the mask")
+        _describe(new[-1], finding)
+        new[-1].metadata_props[KEY_SINK] = "1"
+        self.remarks.append((where(softmax), f"mask kept explicit: {finding.reason}"))
+        self._put(site, new, ())
+        self.counts["sink"] = self.counts.get("sink", 0) + 1
         self.changed += 1
 
     def _put(self, site: Site, new: list[ir.Node], joined: tuple[ir.Value, ...]) -> None:
@@ -203,6 +238,12 @@ class _Work:
             maker = MaskMaker(self.graph, source, site.scores.nodes)
             self.plain[key] = maker.make(queries, window)
         return self.plain[key]
+
+
+def _options(site: Site, causal: bool) -> dict[str, object]:
+    """The attributes of the operator."""
+    options: dict[str, object] = {"scale": site.scale, "is_causal": int(causal)}
+    return options | ({"softcap": site.scores.softcap} if site.scores.softcap else {})
 
 
 def _describe(node: ir.Node, finding: Finding) -> None:

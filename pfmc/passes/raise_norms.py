@@ -126,6 +126,47 @@ class LayerNorm(Rule):
         matcher.replace(found, [node])
 
 
+class BatchNorm(Rule):
+    """Batch normalisation at inference, whose statistics are constants.
+
+    ``BatchNormalization(x[B, C, ...], g, b, mean, var)`` -> ``x * g' + b'`` with constants
+    ``g' = g / sqrt(var + eps)`` and ``b' = b - mean * g'``
+    """
+
+    patterns = (
+        Op(
+            "BatchNormalization",
+            (_X, *(Constant(n) for n in ("scale", "shift", "average", "variance"))),
+        ),
+    )
+
+    def check(self, found: Match) -> str:
+        """Checks that it normalises with constants and that the rank is known."""
+        if matcher.attribute(found.root, "training_mode", 0):
+            return "batch normalisation in training mode"
+        if any(v.uses() or v.is_graph_output() for v in found.root.outputs[1:]):
+            return "batch normalisation whose statistics are read"
+        return "" if matcher.rank(found["x"]) else "batch normalisation of unknown rank"
+
+    def rewrite(self, graph: ir.Graph, found: Match) -> None:
+        """Multiplies and adds one number for each channel."""
+        rank = matcher.rank(found["x"])
+        assert rank is not None
+        arrays = [
+            np.asarray(found[n].const_value.numpy(), np.float64)  # type: ignore[union-attr]
+            for n in ("scale", "shift", "average", "variance")
+        ]
+        factor = arrays[0] / np.sqrt(arrays[3] + matcher.attribute(found.root, "epsilon", 1e-5))
+        shape = (-1, *(1,) * (rank - 2))
+        kind = np.float32 if found["x"].dtype is None else found["x"].dtype.numpy()
+        parts = [
+            matcher.add_array(graph, f"{found.output.name}:{name}", a.astype(kind).reshape(shape))
+            for name, a in (("scale", factor), ("shift", arrays[1] - arrays[2] * factor))
+        ]
+        scaled = matcher.fresh("Mul", [found["x"], parts[0]])
+        matcher.replace(found, [scaled, matcher.fresh("Add", [scaled.outputs[0], parts[1]])])
+
+
 def _check(found: Match, means: tuple[str, ...]) -> str:
     for name in means:
         node = found[name].producer()
@@ -194,7 +235,7 @@ class RaiseNorms(Pass):
     name: ClassVar[str] = "raise-norms"
 
     def apply(self, model: ir.Model, context: Context) -> PassResult:
-        """Applies the rules `LayerNorm`, `RmsNorm` and then `RmsNormUnscaled`."""
-        rules = (LayerNorm(), RmsNorm(), RmsNormUnscaled())
+        """Applies the rules of this file; `RmsNormUnscaled` after `RmsNorm`."""
+        rules = (LayerNorm(), RmsNorm(), RmsNormUnscaled(), BatchNorm())
         changed, declined, counts = apply_rules(model.graph, rules, self.name)
         return PassResult(model, changed, declined, {**counts})

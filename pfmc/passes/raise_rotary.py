@@ -67,6 +67,45 @@ class RotateHalf(Rule):
         matcher.replace(found, [node])
 
 
+class RotateParts(Rule):
+    """Rotary embedding that turns the two halves one by one (gpt-oss).
+
+    ``Concat(l * cos - r * sin, r * cos + l * sin)`` with l, r the halves of x
+    -> ``pfmc::Rotary(x, Concat(cos, cos), Concat(sin, sin))``
+    """
+
+    patterns = tuple(
+        Op(
+            "Concat",
+            (
+                Op("Sub", (Op("Mul", (left, Var("cos"))), Op("Mul", (right, Var("sin"))))),
+                Op("Add", (Op("Mul", (right, Var("cos"))), Op("Mul", (left, Var("sin"))))),
+            ),
+        )
+        for left, right in _halves()
+    )
+
+    def check(self, found: Match) -> str:
+        """Checks that the halves are halves of the last axis, and the tables half as wide."""
+        width, rank = matcher.static_dim(found["x"], -1), matcher.rank(found["x"])
+        if width is None or rank is None or width % 2 or not _are_halves(found, width, rank):
+            return "the rotated parts are not the two halves of the last axis"
+        if matcher.attribute(found.root, "axis") not in (-1, rank - 1):
+            return "rotation along another axis than the last"
+        tables = {matcher.static_dim(found[name], -1) for name in ("cos", "sin")}
+        return "" if tables == {width // 2} else "tables that are not half as wide as the head"
+
+    def rewrite(self, graph: ir.Graph, found: Match) -> None:
+        """Doubles the tables and puts one operator in place of the group."""
+        tables = [
+            matcher.fresh("Concat", [found[name], found[name]], {"axis": -1})
+            for name in ("cos", "sin")
+        ]
+        inputs = [found["x"], *(t.outputs[0] for t in tables)]
+        node = matcher.fresh(vocabulary.ROTARY, inputs, domain=vocabulary.DOMAIN)
+        matcher.replace(found, [*tables, node])
+
+
 def _are_halves(found: Match, width: int, rank: int) -> bool:
     node = found["left"].producer()
     assert node is not None
@@ -100,7 +139,8 @@ class RaiseRotary(Pass):
     name: ClassVar[str] = "raise-rotary"
 
     def apply(self, model: ir.Model, context: Context) -> PassResult:
-        """Applies the rule `RotateHalf`."""
-        changed, declined, counts = apply_rules(model.graph, (RotateHalf(),), self.name)
+        """Applies the rules `RotateHalf` and `RotateParts`."""
+        rules = (RotateHalf(), RotateParts())
+        changed, declined, counts = apply_rules(model.graph, rules, self.name)
         vocabulary.install(model)
         return PassResult(model, changed, declined, {**counts})

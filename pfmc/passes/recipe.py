@@ -60,7 +60,8 @@ class Quantising(_Section):
         search: ``clip`` searches the best clipping, ``plain`` rounds by the largest weight,
             ``compensate`` starts from ``clip`` and lets later weights make up for the rounding of
             earlier ones, which needs calibration (`pfmc.compensation`).
-        inputs: ``static`` scales from calibration, or ``token``: afresh for every position.
+        inputs: ``static`` scales from calibration, ``token``: afresh for every position, or
+            ``target``: ``token`` where the target can, else ``static``.
         input_range: ``mse`` clips where the mean square error is least, ``peak`` never clips.
         layers: glob over layer names -> what differs there; the last that fits wins.
     """
@@ -68,7 +69,7 @@ class Quantising(_Section):
     weight_bits: Bits = 4
     granularity: Literal["channel", "tile"] = "channel"
     search: Literal["compensate", "clip", "plain"] = "clip"
-    inputs: Literal["static", "token"] = "static"
+    inputs: Literal["static", "token", "target"] = "static"
     input_range: Literal["mse", "peak"] = "mse"
     layers: dict[str, LayerRule] = Field(default_factory=dict)
 
