@@ -7,18 +7,14 @@ One process at a time, one thread. `--folder` keeps the 2.3 GB model of the ``la
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from benchmarks.figure import Figure, table, to_json
 from benchmarks.process import ONE_THREAD
-
-os.environ.update(ONE_THREAD)  # before numpy and torch are loaded
-
-import argparse  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from benchmarks.figure import Figure, table, to_json  # noqa: E402
 
 Bench = Callable[[argparse.Namespace], Iterator[Figure]]
 
@@ -87,6 +83,7 @@ BENCHES: dict[str, Bench] = {
 
 def main() -> None:
     """Parses the command line, runs, prints; exit code 4 if a goal is missed."""
+    os.environ.update(ONE_THREAD)  # before a bench loads numpy or torch
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
     parser.add_argument("--json", action="store_true")

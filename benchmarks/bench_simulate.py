@@ -110,9 +110,7 @@ def _forwards(decoders: Mapping[str, Any], peer: Any, runs: int) -> Iterator[Fig
         )  # fmt: skip
 
 
-def _texts(
-    decoders: Mapping[str, Any], tokenizer: Any, peer: Any, tokens: int
-) -> Iterator[Figure]:
+def _texts(decoders: Mapping[str, Any], tokenizer: Any, peer: Any, tokens: int) -> Iterator[Figure]:
     import torch
 
     ids = tokenizer.encode("ROMEO:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -37,8 +38,6 @@ def run(command: Sequence[str], cwd: Path | None = None) -> Cost:
         "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
         "print(json.dumps([done.returncode, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
-    import json
-
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(list(command))], capture_output=True, text=True,
