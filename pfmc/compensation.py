@@ -5,7 +5,7 @@ The error of a layer's output over the calibration data is ``tr(E^T C E)`` with 
 
 1. GPTQ (arXiv:2210.17323, algorithm 1): inputs in order of falling power; the error of each is
    spread over those that are not rounded yet, through the Cholesky factor of ``(C + λI)^-1`` with
-   λ = 1 % of the mean power; blocks of 128 with lazy updates.
+   λ = 10 % of the mean power; blocks of 128 with lazy updates.
 2. The scale of each group and output becomes the least-squares one for its codes.
 3. Each code in turn takes its best value while all others stand still (QuantEase,
    arXiv:2309.01885, algorithm 1).
@@ -27,8 +27,11 @@ from pfmc.rounding import Codes, Floats
 
 Doubles = npt.NDArray[np.float64]
 
-DAMPING = 0.01
-"""Added to the diagonal of C, as a share of its mean: keeps a small sample from being overfitted."""
+DAMPING = 0.1
+"""Added to the diagonal of C, as a share of its mean: keeps a small sample from being overfitted.
+
+GPTQ takes 0.01. With 4,096 positions 0.1 follows the float model better on text that was not seen
+(KL divergence of bard 0.0073 against 0.0076, of stories260K 0.084 against 0.091)."""
 BLOCK = 128
 """Inputs rounded before the rest of the matrix is updated."""
 ROUNDS = 3

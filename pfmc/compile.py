@@ -121,7 +121,7 @@ def compile_model(
     """Compiles `model` to fixed hardware.
 
     Args:
-        model: an ONNX file.
+        model: an ONNX file, or the folder of a Hugging Face checkpoint.
         out: the artifact to write; by default ``<model>-<target>.pfm`` in the current folder.
         options: what to do; or give its fields as keywords, e.g. ``target="rom"``.
         progress: takes one line at a time.
@@ -143,7 +143,7 @@ def compile_model(
     job = _Job(loaded, tech, target, plan, options, clock)
     if options.stop_after:
         return _stopped(job, options.stop_after)
-    place = Path(out) if out else Path(f"{loaded.path.stem}-{tech.name}.pfm")
+    place = Path(out) if out else Path(f"{loaded.name}-{tech.name}.pfm")
     with Writer(place, force=options.force) as writer, _one_thread():
         if finished := writer.current(job.request):
             return _up_to_date(finished, clock)

@@ -50,7 +50,10 @@ def look(path: Path, trust_root: Path | None = None) -> View:
     loaded = ingest.load(path, trust_root=trust_root)
     opset = loaded.model.graph.opset_imports.get("", 0)
     title = f"{loaded.path.name}: {loaded.exporter}, {loaded.precision.name}, opset {opset}"
-    return View(path, "model", title, tuple(_items(loaded.model)))
+    model = loaded.model
+    if vocabulary.DOMAIN in model.graph.opset_imports:  # a dump: ingest opened its operators up
+        model = ir.load(loaded.path)
+    return View(path, "model", title, tuple(_items(model)))
 
 
 def _artifact(path: Path) -> View:
@@ -121,8 +124,11 @@ def tile(view: View, text: str) -> dict[str, Any]:
     the statistics of its weights, the only ones that are read.
 
     Raises:
-        UsageError: the layer or the tile does not exist.
+        UsageError: `view` is no artifact, or the layer or the tile does not exist.
+        CorruptError: the layer's weights cannot be read.
     """
+    if view.kind != "artifact":
+        raise UsageError("--tile looks into an artifact", mend="pfmc compile makes one")
     match = _TILE.fullmatch(text)
     if not match:
         raise UsageError(f"cannot read the tile {text!r}", mend="write LAYER[row,column]")

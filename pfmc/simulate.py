@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pfmc.artifact import Manifest
 from pfmc.distill.generate import Decoder
 from pfmc.distill.student import Student
 from pfmc.distill.text import Tokenizer, load_tokenizer
-from pfmc.errors import CorruptError, UsageError, did_you_mean
+from pfmc.errors import CorruptError, InputError, UsageError, did_you_mean
 from pfmc.targets import get
 from pfmc.targets.base import Die, Target
 from pfmc.technology import Technology
@@ -37,7 +38,6 @@ class Machine:
         path: the artifact; manifest: what it says of itself.
         technology, target: what it is made of.
         die: the one die that is simulated.
-        student: the lowered graph with the target's layers.
         tokenizer: of a language model, or None.
         report: ``report/report.json``.
     """
@@ -47,9 +47,15 @@ class Machine:
     technology: Technology
     target: Target
     die: Die
-    student: Student
     tokenizer: Tokenizer | None
     report: Mapping[str, Any]
+
+    @functools.cached_property
+    def student(self) -> Student:
+        """The lowered graph with the target's layers."""
+        stored = store.read_layers(self.path)
+        layers = {s.name: self.target.layer(s, self.technology, self.die) for s in stored}
+        return Student(ir.load(self.path / "model.onnx"), layers).eval()
 
     def decoder(self) -> Decoder:
         """Drives the machine as a language model.
@@ -64,10 +70,18 @@ class Machine:
 
         Raises:
             UsageError: an input is missing, unknown, or of a wrong type or rank.
+            InputError: sizes that do not fit each other, or an index beyond a table.
         """
         checked = {k: torch.from_numpy(np.array(v)) for k, v in self._checked(feeds).items()}
-        with torch.inference_mode():
-            results: dict[str, Tensor] = self.student(**checked)
+        try:
+            with torch.inference_mode():
+                results: dict[str, Tensor] = self.student(**checked)
+        except (IndexError, RuntimeError) as error:  # torch: an index or sizes that do not fit
+            wanted = [f"{v.name}: {_describe(v)}" for v in self.student.model.graph.inputs]
+            raise InputError(
+                f"the model cannot take these inputs: {str(error).splitlines()[0]}",
+                where=", ".join(feeds), mend="the inputs are " + "; ".join(wanted),
+            ) from error  # fmt: skip
         return {k: v.detach().cpu().numpy() for k, v in results.items()}
 
     def _checked(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -112,7 +126,7 @@ def _cast(name: str, given: Array, value: ir.Value) -> Array:
 
 
 def open_machine(path: str | Path, die: Die | None = None) -> Machine:
-    """Reads the artifact at `path` and builds its machine.
+    """Reads the artifact at `path` and builds its machine, every layer of it.
 
     Args:
         path: a finished artifact.
@@ -122,15 +136,18 @@ def open_machine(path: str | Path, die: Die | None = None) -> Machine:
         UsageError: there is no artifact.
         CorruptError: a file of it is missing or was changed.
     """
+    machine = describe_machine(path, die)
+    _ = machine.student
+    return machine
+
+
+def describe_machine(path: str | Path, die: Die | None = None) -> Machine:
+    """`open_machine`, but no layer is read before the student is asked for."""
     place, die = Path(path), die or Die()
     manifest = artifact.require_intact(place)
     tech = read_technology(place)
     target = get(tech.kind)
-    layers = {s.name: target.layer(s, tech, die) for s in store.read_layers(place)}
-    student = Student(ir.load(place / "model.onnx"), layers).eval()
-    return Machine(
-        place, manifest, tech, target, die, student, _tokenizer(place), read_report(place)
-    )
+    return Machine(place, manifest, tech, target, die, _tokenizer(place), read_report(place))
 
 
 def read_technology(path: Path) -> Technology:

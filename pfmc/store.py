@@ -164,10 +164,19 @@ def read_tiles(artifact: Path, record: LayerRecord) -> dict[str, Array]:
 
 
 def read_layer(artifact: Path, record: LayerRecord) -> StoredLinear:
-    """Reads one layer back: its tile table and tensors; ``codes`` as int8 ``[in, out]``."""
+    """Reads one layer back: its tile table and tensors; ``codes`` as int8 ``[in, out]``.
+
+    Raises:
+        CorruptError: its weights are missing or damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    tensors: dict[str, Array] = dict(load_file(artifact / record.weights_path))
+    path = artifact / record.weights_path
+    try:
+        tensors: dict[str, Array] = dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CorruptError(f"the weights cannot be read: {error}", where=str(path)) from error
     if record.bits <= 4:
         tensors["codes"] = unpack_int4(
             tensors["codes"].astype(np.uint8, copy=False), (record.inputs, record.outputs)

@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from pfmc import artifact, ingest, simulate, store
 from pfmc.distill import calibrate, drive, measure
 from pfmc.distill.drive import Drive
+from pfmc.distill.feeds import batches, batches_of_file
 from pfmc.distill.generate import Decoder
+from pfmc.distill.reference import Reference
 from pfmc.distill.student import Student
 from pfmc.distill.text import self_generated, windows_of_file
 from pfmc.errors import UsageError
@@ -33,7 +36,10 @@ from pfmc.targets.base import Die, StoredLinear
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
 
+CHECKPOINT = "config.json"
+"""Stands for a checkpoint as source, whose truth is transformers' own forward."""
 _BATCH = 8
+_SHORTEST = 2
 EXACT_POSITIONS = 4
 """Random input vectors that each layer's integer product is checked on."""
 _TOGETHER = 1 << 24
@@ -114,19 +120,21 @@ def verify(
     progress("hashing every file")
     manifest = artifact.require_intact(place)
     rows = [Row("files intact", float(len(manifest.files)), unit="files")]
-    machine = simulate.open_machine(place, die) if level >= 1 else None
+    machine = simulate.describe_machine(place, die) if level >= 1 else None
     if machine is not None:
         progress("checking the emitted files")
         rows += _emitted(machine)
     if machine is not None and level >= 2 and machine.target.exact:
         progress("integer products against ONNX Runtime")
         rows.append(_exact(machine, seed))
+    judge = "ONNX Runtime"
     if machine is not None and level >= 3:
         source = find_source(machine, model)
         plan = _Plan.of(machine, text, inputs, windows, length, seed)
         rows += _end_to_end(machine, source, plan, progress)
+        judge = judge_of(source)
     name = "ideal die" if die.seed is None else f"die {die.seed}"
-    return Verification(f"{place.name}, {name}, against ONNX Runtime", tuple(rows))
+    return Verification(f"{place.name}, {name}, against {judge}", tuple(rows))
 
 
 # -- levels 1 and 2 ------------------------------------------------------------------------------
@@ -215,7 +223,7 @@ def _matmul_integer(
 
 
 def find_source(machine: Machine, given: Path | None) -> Path:
-    """The ONNX file that the artifact was compiled from, proved by its digest.
+    """The ONNX file, or ``config.json``, that the artifact was compiled from, proved by digests.
 
     Raises:
         UsageError: it is not where it was, or is another file.
@@ -225,17 +233,40 @@ def find_source(machine: Machine, given: Path | None) -> Path:
     path = given
     if path is None and remembered.is_file():
         path = machine.path / remembered.read_text(encoding="utf-8").strip()
+    if path is not None and path.is_dir():
+        path = path / CHECKPOINT
     if path is None or not path.is_file():
         raise UsageError(
             "the input file is not where it was", where=str(path or ""),
             mend=f"give it with --model ({', '.join(wanted)})",
         )  # fmt: skip
-    if hashlib.sha256(path.read_bytes()).hexdigest() not in wanted.values():
-        raise UsageError(
-            "this is not the file the artifact was compiled from", where=str(path),
-            mend="give the right one with --model",
-        )  # fmt: skip
+    proved = {path: tuple(wanted.values())}
+    if path.name == CHECKPOINT:
+        proved = {path.parent / name: (digest,) for name, digest in wanted.items()}
+    for file, digests in proved.items():
+        if not file.is_file() or _sha256(file) not in digests:
+            raise UsageError(
+                "this is not the file the artifact was compiled from", where=str(file),
+                mend="give the right one with --model",
+            )  # fmt: skip
     return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def judge_of(source: Path) -> str:
+    """Who gives the truth about `source`."""
+    return "transformers" if source.name == CHECKPOINT else "ONNX Runtime"
+
+
+def _truth(source: Path, observe: Sequence[str] = ()) -> Oracle | Reference:
+    """What runs the untouched source: ONNX Runtime a file, transformers a checkpoint."""
+    if source.name == CHECKPOINT:
+        return Reference(source.parent, observe=observe)
+    return Oracle(source, observe=observe)
 
 
 @dataclass(frozen=True)
@@ -266,9 +297,9 @@ def _end_to_end(
     lead = _drive(model)
     progress("making inputs")
     batches = _batches(machine, model, lead, plan)
-    progress("layers against ONNX Runtime")
+    progress(f"layers against {judge_of(source)}")
     rows = _layers(machine, model, lead, source, batches[0], plan.thresholds)
-    progress("the whole model against ONNX Runtime")
+    progress(f"the whole model against {judge_of(source)}")
     if lead is not None:
         return rows + _language(machine, lead, source, batches, plan.thresholds)
     return rows + _encoder(machine, source, batches, plan.thresholds)
@@ -287,9 +318,9 @@ def _batches(
 ) -> list[dict[str, Array]]:
     """What is measured on: the user's arrays or text, else text that the source model writes."""
     if plan.inputs is not None:
-        return list(calibrate.batches_of_file(model, plan.inputs, plan.windows))
+        return list(batches_of_file(model, plan.inputs, plan.windows))
     if lead is None:
-        return list(calibrate.batches(model, plan.windows, plan.length, plan.seed))
+        return _made_up(model, plan)
     decoder = Decoder(Student(model).eval(), machine.tokenizer)
     length = calibrate.fitting_length(decoder, plan.length)
     if lead.length and not lead.memories:  # fixed: no shorter windows, no longer ones
@@ -307,6 +338,22 @@ def _batches(
             mend="give a longer text",
         )
     return [feeds_of(lead, ids[i : i + size]) for i in range(0, whole, size)]
+
+
+def _made_up(model: ir.Model, plan: _Plan) -> list[dict[str, Array]]:
+    """Random tokens or noise, no longer than the position table of an encoder holds."""
+    student, length = Student(model).eval(), plan.length
+    while True:
+        made = list(batches(model, plan.windows, length, plan.seed))
+        try:
+            with torch.inference_mode():
+                student(**made[0])
+        except (IndexError, RuntimeError) as error:
+            if length // 2 < _SHORTEST:
+                raise UsageError(f"the model does not run on made-up data: {error}") from error
+            length //= 2
+        else:
+            return made
 
 
 def _windows(machine: Machine, text: Path, length: int, count: int) -> Array:
@@ -357,7 +404,7 @@ def _layers(
         feeds = feeds_of(lead, feeds[lead.ids][:, : lead.length])
     outputs = {str(v.name) for v in model.graph.outputs}
     observe = sorted({v for v, _ in values.values()} - outputs)
-    with Oracle(source, observe=observe) as oracle:
+    with _truth(source, observe=observe) as oracle:
         truth = oracle.run(feeds)
     seen: dict[str, Array] = {}
     machine.student.observe = lambda name, _, y: seen.__setitem__(name, y.detach().numpy())
@@ -404,7 +451,7 @@ def machine_feeds(
     return {k: v for k, v in feeds.items() if k in wanted}
 
 
-def _scores(oracle: Oracle, lead: Drive, feeds: Mapping[str, Array]) -> Array:
+def token_scores(oracle: Oracle | Reference, lead: Drive, feeds: Mapping[str, Array]) -> Array:
     """Token scores ``[B, S, V]`` of the source; one with a memory may take few positions a call."""
     if not (lead.memories and lead.length):
         return oracle.run(feeds)[lead.logits]
@@ -423,10 +470,10 @@ def _language(
 ) -> list[Row]:  # fmt: skip
     """Perplexity ratio, KL and top-1 agreement over the windows."""
     decoder, comparison = machine.decoder(), measure.Comparison()
-    with Oracle(source) as oracle:
+    with _truth(source) as oracle:
         for feeds in batches:
             ids = feeds[lead.ids]
-            comparison.add(_scores(oracle, lead, feeds), decoder.logits(ids), ids)
+            comparison.add(token_scores(oracle, lead, feeds), decoder.logits(ids), ids)
     found = comparison.result()
     teacher_losses, student_losses = (
         np.concatenate(losses).mean(axis=1)
@@ -435,7 +482,7 @@ def _language(
     excess = measure.mean_estimate(student_losses - teacher_losses)
     assert found.perplexity_teacher is not None
     return [
-        Row("perplexity of ONNX Runtime", found.perplexity_teacher.value, unit="a token"),
+        Row(f"perplexity of {judge_of(source)}", found.perplexity_teacher.value, unit="a token"),
         _estimate("perplexity ratio", excess, thresholds.get("perplexity_ratio"), math.exp),
         _estimate("excess", excess, None, unit="nats a token"),
         _estimate("KL divergence", found.kl_mean, thresholds.get("kl"), unit="nats a token"),
@@ -458,7 +505,7 @@ def _encoder(
 ) -> list[Row]:  # fmt: skip
     """Cosine of every floating-point output's vectors, and rank correlation of similarities."""
     pairs: dict[str, _Pair] = {}
-    with Oracle(source) as oracle:
+    with _truth(source) as oracle:
         for feeds in batches:
             truth, ours = oracle.run(feeds), machine.run(machine_feeds(machine, None, feeds))
             for name in _shared(truth, ours):

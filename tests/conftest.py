@@ -32,8 +32,8 @@ class Ended:
 
     def json(self) -> Any:
         """What was printed, as JSON; it must be one document and succeed."""
-        assert self.code == 0, self.err
-        return json.loads(self.out)
+        assert (self.code, self.err) == (0, "")
+        return json.loads(self.out, parse_constant=_no_number)
 
     def refused(self, code: int, *phrases: str) -> None:
         """Asserts one clear message with `phrases`, exit code `code`, and no data."""
@@ -43,6 +43,10 @@ class Ended:
         assert "Traceback" not in self.err
         for phrase in phrases:
             assert phrase in self.err, self.err
+
+
+def _no_number(text: str) -> None:
+    raise AssertionError(f"{text} is not JSON")
 
 
 def environment(**changes: str) -> dict[str, str]:

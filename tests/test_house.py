@@ -23,7 +23,7 @@ FLOORS = [
     },
     {"ingest", "targets", "distill", "report"},
     {"passes"},
-    {"oracle", "store", "lowered", "simulate", "verify", "compile", "inspect_model", "reduce"},
+    {"oracle", "store", "lowered", "simulate", "verify", "compile", "inspect_model", "lint", "reduce"},
     {"compare", "explore"},
     {"cli", "__main__"},
 ]
@@ -32,7 +32,7 @@ ONLY_IN = {
     "onnxruntime": {"oracle"},
     "onnx_ir": {
         "ingest", "ir", "passes", "distill", "targets", "lowered", "compile", "simulate", "verify",
-        "inspect_model",
+        "inspect_model", "lint",
     },
     "torch": {"distill", "targets", "simulate"},
 }

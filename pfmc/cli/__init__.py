@@ -16,6 +16,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, Parameter
 
 import pfmc
+from pfmc.cli.output import clear_line
 from pfmc.errors import PfmcError, did_you_mean
 
 VERBS = {
@@ -28,6 +29,7 @@ VERBS = {
     "targets": "List the technologies, or show one with its sources.",
     "passes": "List the recipes and passes, or explain what each pass does to a model.",
     "models": "List the model cards.",
+    "reduce": "Shrink a model that fails a check to a minimal one that still fails it.",
     "doctor": "Show versions, devices and what is missing.",
 }
 
@@ -122,7 +124,7 @@ def _help_for(arguments: list[str]) -> str:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"pfmc: {message}", file=sys.stderr)
+    print(f"{clear_line()}pfmc: {message}", file=sys.stderr)
     return code
 
 

@@ -26,6 +26,7 @@ def inspect_(
     op: str | None = None,
     tile: str | None = None,
     depth: Positive | None = None,
+    lint: bool = False,
     trust_root: Path | None = None,
     json: Json = False,
     csv: Annotated[bool, Parameter(name="--csv")] = False,
@@ -59,8 +60,8 @@ def inspect_(
     dot
         Print a Graphviz digraph of the modules.
     """
-    if sum(x is not None for x in (layer, op, tile)) + dot > 1:
-        raise UsageError("choose one of --layer, --op, --tile and --dot")
+    if sum(x is not None for x in (layer, op, tile)) + dot + lint > 1:
+        raise UsageError("choose one of --layer, --op, --tile, --dot and --lint")
     if lint:
         return _lint(path, trust_root, json)
     from pfmc.inspect_model import look
@@ -73,9 +74,9 @@ def inspect_(
     elif tile is not None:
         _show_tile(view, tile, json)
     elif layer is not None:
-        _print(_layers(view, layer), json, csv)
+        _show_layers(view, layer, json, csv)
     elif op is not None:
-        _print(_items(view, op), json, csv)
+        _show_items(view, op, json, csv)
     else:
         _show_tree(view, depth, json, csv)
     return 0
@@ -92,41 +93,42 @@ def _lint(path: Path, trust_root: Path | None, json: bool) -> int:
     return InputError.exit_code if found.counts()["error"] else 0
 
 
-def _print(table: Table, json: bool, csv: bool) -> None:
-    if json:
-        rows = [dict(zip(table.headings, r, strict=True)) for r in table.rows]
-        print_json({"schema_version": 1, "rows": rows})
-    elif csv:
-        print(table.csv(), end="")
-    else:
-        table.show()
-
-
-def _layers(view: View, pattern: str) -> Table:
+def _show_layers(view: View, pattern: str, json: bool, csv: bool) -> None:
     from pfmc.inspect_model import select_layers
 
     found = select_layers(view, pattern)
-    facts = sorted({k for r in found for k in (*r.counts, *r.diagnostics)})
+    if json:
+        print_json({"schema_version": 1, "rows": [vars(r) for r in found]})
+        return
+    facts = sorted({k for r in found for k in (*r.counts, *r.diagnostics)} - {"tiles"})
     rows = [
         (r.name, str(r.inputs), str(r.outputs), str(r.bits), str(r.tiles), " ".join(r.sources),
          *(digits({**r.counts, **r.diagnostics}.get(f, 0.0)) for f in facts))
         for r in found
     ]  # fmt: skip
     headings = ("layer", "inputs", "outputs", "bits", "tiles", "sources", *facts)
-    if len(rows) == 1:  # one layer reads better standing up
-        pairs = tuple(zip(headings, rows[0], strict=True))
-        return Table(("what", "value"), pairs)
-    return Table(headings, tuple(rows), view.title)
+    if csv:
+        print(Table(headings, tuple(rows)).csv(), end="")
+    elif len(rows) == 1:  # one layer reads better standing up
+        Table(("what", "value"), tuple(zip(headings, rows[0], strict=True))).show()
+    else:
+        Table(headings, tuple(rows), view.title).show()
 
 
-def _items(view: View, op: str) -> Table:
+def _show_items(view: View, op: str, json: bool, csv: bool) -> None:
     from pfmc.inspect_model import select_items
 
+    found = select_items(view, op)
+    if json:
+        print_json({"schema_version": 1, "rows": [asdict(i) for i in found]})
+        return
     rows = [
         (i.name, i.op, i.scope, str(i.weights), " ".join(i.inputs), " ".join(i.outputs))
-        for i in select_items(view, op)
+        for i in found
     ]
-    return Table(("name", "op", "scope", "weights", "inputs", "outputs"), tuple(rows), view.title)
+    headings = ("name", "op", "scope", "weights", "inputs", "outputs")
+    table = Table(headings, tuple(rows), view.title)
+    print(table.csv(), end="") if csv else table.show()
 
 
 def _show_tile(view: View, text: str, json: bool) -> None:
@@ -159,19 +161,25 @@ def _show_tree(view: View, depth: int | None, json: bool, csv: bool) -> None:
     if json:
         print_json({"schema_version": 1, "title": view.title, "rows": [asdict(r) for r in lines]})
         return
-    headings = ("module", "operations", "weights", "bytes")
-    table = Table(headings, tuple(_tree_row(r) for r in lines), view.title)
     if csv:
-        print(table.csv(), end="")
-    else:
-        table.show()
+        cells = [(r.depth, r.label, r.count, r.weights, r.size, _operators(r)) for r in lines]
+        plain = tuple(tuple(map(str, row)) for row in cells)
+        columns = ("depth", "module", "count", "weights", "bytes", "operations")
+        print(Table(columns, plain).csv(), end="")
+        return
+    headings = ("module", "operations", "weights", "bytes")
+    Table(headings, tuple(_tree_row(r) for r in lines), view.title).show()
+
+
+def _operators(row: Row, most: int | None = None) -> str:
+    """``2×Add MatMul``, the most frequent first; at most so many kinds."""
+    top = sorted(row.operators.items(), key=lambda kv: (-kv[1], kv[0]))
+    shown = " ".join(f"{n}×{op}" if n > 1 else op for op, n in top[:most])
+    return shown if most is None or len(top) <= most else f"{shown} +{len(top) - most} kinds"
 
 
 def _tree_row(row: Row) -> tuple[str, ...]:
-    top = sorted(row.operators.items(), key=lambda kv: (-kv[1], kv[0]))
-    shown = " ".join(f"{n}×{op}" if n > 1 else op for op, n in top[:6])
-    more = f" +{len(top) - 6} kinds" if len(top) > 6 else ""
     return (
-        "  " * row.depth + row.label, shown + more,
+        "  " * row.depth + row.label, _operators(row, 6),
         prefixed(row.weights) if row.weights else "", prefixed(row.size) if row.size else "",
     )  # fmt: skip

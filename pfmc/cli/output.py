@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -14,29 +16,32 @@ def print_json(body: Mapping[str, object] | list[object]) -> None:
     sys.stdout.write("\n")
 
 
+def clear_line() -> str:
+    """What wipes a half-written line of progress off the terminal; nothing elsewhere."""
+    live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return "\r\x1b[K" if live else ""
+
+
 class Progress:
-    """One line of progress on stderr: live on a terminal, one line a phase elsewhere.
+    """One line of progress on stderr, rewritten in place; nothing without a terminal.
 
     Args:
         quiet: nothing at all, as ``--quiet`` or ``--json`` wants it.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._live = sys.stderr.isatty() and not quiet
-        self._quiet = quiet
+        self._clear = "" if quiet else clear_line()
         self._start = time.monotonic()
 
     def __call__(self, message: str) -> None:
         """Shows what is being done now."""
-        if self._quiet:
-            return
-        if self._live:
+        if self._clear:
             elapsed = time.monotonic() - self._start
-            sys.stderr.write(f"\r\x1b[K{elapsed:6.1f} s  {message}"[:118])
-        sys.stderr.flush()
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(self._clear + f"{elapsed:6.1f} s  {message}"[:width])
+            sys.stderr.flush()
 
     def done(self) -> None:
         """Clears the line."""
-        if self._live:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+        sys.stderr.write(self._clear)
+        sys.stderr.flush()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def run_(
     path: Path,
     *,
-    prompt: str | None = None,
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     input: Path | None = None,
     out: Annotated[Path | None, Parameter(name=["-o", "--out"])] = None,
     max_new_tokens: NotNegative = 64,
@@ -176,7 +176,8 @@ def _feed(machine: Machine, path: Path, out: Path | None, json: bool) -> int:
 
     results = machine.run(read_arrays(path))
     if out is not None:
-        np.savez(out, **results)  # type: ignore[arg-type]
+        with out.open("wb") as f:  # a path would be given the suffix .npz
+            np.savez(f, **results)  # type: ignore[arg-type]
     shown = {
         name: {"shape": list(a.shape), "mean": float(a.mean()), "rms": float((a**2).mean() ** 0.5)}
         for name, a in results.items()

@@ -148,10 +148,12 @@ class Gatherer:
         student: what it listens to.
         moments: whether it also adds up x xᵀ of each input (``8 in²`` bytes; see `MOMENT_BYTES`).
         layers: the sums so far.
+        real: which positions ``[B, S]`` are no padding; None counts all.
     """
 
     student: Student
     moments: bool = False
+    real: Tensor | None = None
     layers: dict[str, _Layer] = field(default_factory=dict)
     _last: tuple[Tensor, _Inputs, str] | None = None
     _owners: dict[str, str] = field(default_factory=dict)
@@ -162,7 +164,7 @@ class Gatherer:
         inputs = self._inputs(x, name)
         bias = getattr(self.student.linears[name], "bias", None)
         product = y if bias is None else y - bias
-        rows = product.detach().reshape(-1, product.shape[-1]).float().cpu().numpy()
+        rows = self._rows(product)
         peak = np.abs(rows).max(axis=0, initial=0.0).astype(np.float32)
         square = np.square(rows, dtype=np.float64).sum(axis=0)
         known = self.layers.get(name)
@@ -176,7 +178,7 @@ class Gatherer:
     def _inputs(self, x: Tensor, name: str) -> _Inputs:
         """Of `x`; linears that share their input share the work."""
         if self._last is None or self._last[0] is not x:
-            rows = x.detach().reshape(-1, x.shape[-1]).float().cpu().contiguous().numpy()
+            rows = self._rows(x)
             if not np.isfinite(rows).all():
                 raise InputError(
                     "calibration met NaN or infinity", where=f"input of {name}",
@@ -186,6 +188,13 @@ class Gatherer:
             if self.moments:
                 self._multiply(name, rows)
         return self._last[1]
+
+    def _rows(self, x: Tensor) -> Array:
+        """The positions of ``x[..., D]`` that count, float32 ``[rows, D]``."""
+        if self.real is not None and x.shape[:-1] == self.real.shape:
+            x = x[self.real]
+        rows = x.detach().reshape(-1, x.shape[-1]).float().cpu().contiguous().numpy()
+        return np.asarray(rows)
 
     def _multiply(self, name: str, rows: Array) -> None:
         """Adds ``rows.T @ rows`` to the product of the input that layer `name` reads first."""
@@ -231,9 +240,16 @@ def calibrate(
     student.observe = gatherer
     for number, feeds in enumerate(batches, 1):
         progress(f"calibrate: batch {number}")
+        gatherer.real = _real(feeds)
         with torch.inference_mode():
             student(**feeds)
     return gatherer.statistics()
+
+
+def _real(feeds: Mapping[str, Array]) -> Tensor | None:
+    """Where a batch's mask ``[B, S]`` says that there are tokens."""
+    mask = next((v for k, v in feeds.items() if "mask" in k and v.ndim == 2), None)
+    return None if mask is None else torch.from_numpy(mask != 0)
 
 
 # -- choosing the data ---------------------------------------------------------------------------

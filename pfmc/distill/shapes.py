@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +25,19 @@ _LARGE = 1 << 20
 Array = npt.NDArray[np.generic]
 
 
+HOPS = (1, 32, 64, 128, 256, 512, 1024)
+"""Samples a position tried, in order, where an input is a sound of free length."""
+
+
 @dataclass(frozen=True)
 class _Run:
+    """Sizes of one run; `symbols` are the named dimensions that the KV memory settles."""
+
     positions: int
     past: int
     side: int
+    hop: int = 1
+    symbols: Mapping[str, int] = field(default_factory=dict)
 
 
 def probe_shapes(model: ir.Model) -> dict[str, tuple[ShapeProbe, ...]]:
@@ -59,10 +68,14 @@ def _lengths(model: ir.Model, positions: int, past: int) -> tuple[int, int]:
 
 def _run(model: ir.Model, positions: int, past: int) -> dict[str, ShapeProbe]:
     sides = SIDES if any(_is_image(v) for v in model.graph.inputs) else SIDES[:1]
+    hops = HOPS if any(_is_sound(v) for v in model.graph.inputs) else HOPS[:1]
+    known = _memory_symbols(model, past)
     failure: PfmcError | None = None
-    for side in sides:
+    for side, hop in itertools.product(sides, hops):
         try:
-            return _shapes(model, _Run(positions, past, side))
+            found = _shapes(model, _Run(positions, past, side, hop, known))
+            if hop == hops[-1] or all(p.size for p in found.values()):
+                return found
         except PfmcError as error:
             failure = failure or error
     raise failure or InputError("the model has no inputs")
@@ -70,6 +83,23 @@ def _run(model: ir.Model, positions: int, past: int) -> dict[str, ShapeProbe]:
 
 def _is_memory(value: ir.Value) -> bool:
     return "past" in str(value.name) and len(_dims(value)) == 4
+
+
+def _memory_symbols(model: ir.Model, past: int) -> dict[str, int]:
+    """Lengths that KV memory inputs name: another input of that name is as long."""
+    found: dict[str, int] = {}
+    for value in model.graph.inputs:
+        if _is_memory(value) and isinstance(name := _dims(value)[2], str):
+            found[name] = past
+    return found
+
+
+def _is_sound(value: ir.Value) -> bool:
+    """Whether the value is a sound of free length: samples ``[batch, n]`` of real numbers."""
+    dims = _dims(value)
+    real = value.dtype is not None and value.dtype.is_floating_point()
+    free = len(dims) == 2 and not isinstance(dims[1], int)
+    return free and real and "mask" not in str(value.name)
 
 
 def _is_image(value: ir.Value) -> bool:
@@ -103,6 +133,10 @@ def _feed(value: ir.Value, run: _Run) -> Array:
 def _length(value: ir.Value, axis: int, run: _Run) -> int:
     if axis == 0:
         return 1
+    if (name := _dims(value)[axis]) in run.symbols:
+        return run.symbols[str(name)]
+    if _is_sound(value):
+        return run.positions * run.hop
     if _is_image(value):
         return 3 if axis == 1 else run.side
     if _is_memory(value):

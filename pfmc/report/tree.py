@@ -136,7 +136,7 @@ def dot(items: Iterable[Item], depth: int) -> str:
             if there is not None and there != here:
                 edges[(there, here)] += 1
     lines = ["digraph model {", "  rankdir=TB; node [shape=box, fontname=sans];"]
-    lines += [f"  {i} [label={_quoted(n or 'model')}];" for n, i in names.items()]
+    lines += [f"  {i} [label={_quoted(n or '(no module)')}];" for n, i in names.items()]
     lines += [f'  {names[a]} -> {names[b]} [label="{n}"];' for (a, b), n in sorted(edges.items())]
     return "\n".join([*lines, "}"]) + "\n"
 
