@@ -17,29 +17,29 @@ from benchmarks.process import ONE_THREAD
 
 os.environ.update(ONE_THREAD)  # before numpy and torch are loaded
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np  # noqa: E402
-import numpy.typing as npt  # noqa: E402
+import numpy as np
+import numpy.typing as npt
 
-from pfmc import ingest, simulate  # noqa: E402
-from pfmc.compile import Compilation, compile_model  # noqa: E402
-from pfmc.distill import calibrate, drive, measure  # noqa: E402
-from pfmc.distill.generate import Decoder  # noqa: E402
-from pfmc.distill.student import Student  # noqa: E402
-from pfmc.distill.text import load_tokenizer, self_generated, windows_of_file  # noqa: E402
-from pfmc.errors import PfmcError  # noqa: E402
-from pfmc.oracle import Oracle  # noqa: E402
-from pfmc.targets.base import Die  # noqa: E402
-from pfmc.verify import feeds_of, token_scores, verify  # noqa: E402
+from pfmc import ingest, simulate
+from pfmc.compile import Compilation, compile_model
+from pfmc.distill import calibrate, drive, measure
+from pfmc.distill.generate import Decoder
+from pfmc.distill.student import Student
+from pfmc.distill.text import load_tokenizer, self_generated, windows_of_file
+from pfmc.errors import PfmcError
+from pfmc.oracle import Oracle
+from pfmc.targets.base import Die
+from pfmc.verify import feeds_of, token_scores, verify
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]

@@ -86,9 +86,9 @@ def _weight(block: np.ndarray, dims: tuple[int, ...], index: int) -> np.ndarray:
     if len(dims) == 1:
         return np.ones(dims, np.float16)
     size, start = int(np.prod(dims)), index * 7919 % 65536
-    scaled = (block * np.float32(dims[0] ** -0.5)).astype(np.float16)
-    repeated = np.resize(scaled[start:], size)
-    return repeated.reshape(dims)
+    fits = start + size <= block.size
+    samples = block[start : start + size] if fits else np.resize(block[start:], size)
+    return (samples * np.float32(dims[0] ** -0.5)).astype(np.float16).reshape(dims)
 
 
 def _external(

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,12 @@ from pfmc import ingest, lowered, store, technology
 from pfmc.artifact import FileEntry, Manifest, Writer, canonical_json
 from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import UsageError, did_you_mean
-from pfmc.hardware import FabricOp, LayerStatistics
+from pfmc.hardware import FabricOp, LayerStatistics, Limits
 from pfmc.ir import vocabulary
 from pfmc.passes import pipeline
 from pfmc.passes import recipe as recipes
 from pfmc.passes.base import Context
+from pfmc.passes.fabric_formats import FabricFormats
 from pfmc.passes.pipeline import Outcome
 from pfmc.passes.quantise import Quantise, linear_record, release
 from pfmc.store import LayerRecord
@@ -240,11 +241,19 @@ def _compile_into(job: _Job, writer: Writer) -> Compilation:
     return Compilation(manifest.path, report, job.clock.seconds, resumed, model)
 
 
+def _limits(job: _Job) -> Limits:
+    """What the target holds, and what the digital fabric beside it does."""
+    limits = job.target.limits(job.tech)
+    if "fabric.kv_bits" not in job.tech.constants:
+        return limits
+    return replace(limits, fabric_bits=job.tech.integer("fabric.kv_bits"))
+
+
 def _canonical(job: _Job) -> tuple[ir.Model, dict[str, Any]]:
     """The model after the recipe's passes, and what each pass did."""
     settings = pipeline.Settings(dump=job.options.dump_ir)
     context = Context(
-        limits=job.target.limits(job.tech), seed=job.options.seed, progress=job.clock.progress
+        limits=_limits(job), seed=job.options.seed, progress=job.clock.progress
     )
     with job.clock.phase("canonical"):
         outcome = pipeline.canonicalise(job.loaded.model, job.plan.passes, context, settings)
@@ -261,15 +270,15 @@ def _quantised(job: _Job) -> tuple[ir.Model, Mapping[str, LayerStatistics], dict
     with job.clock.phase("calibrate"):
         statistics = _calibrate(job, model)
     context = Context(
-        limits=job.target.limits(job.tech), seed=job.options.seed, statistics=statistics,
+        limits=_limits(job), seed=job.options.seed, statistics=statistics,
         progress=job.clock.progress,
     )  # fmt: skip
     folder = job.options.dump_ir / "quantise" if job.options.dump_ir else None
     with job.clock.phase("quantise"):
-        outcome = pipeline.run(
-            model, [Quantise.of(job.plan)], context, pipeline.Settings(dump=folder)
-        )
-    return outcome.model, statistics, notes | {"quantise": outcome.steps[0].report()}
+        steps = [Quantise.of(job.plan), FabricFormats()]
+        outcome = pipeline.run(model, steps, context, pipeline.Settings(dump=folder))
+    told = {step.name: step.report() for step in outcome.steps}
+    return outcome.model, statistics, notes | told
 
 
 def _calibrate(job: _Job, model: ir.Model) -> Mapping[str, LayerStatistics]:

@@ -22,6 +22,8 @@ class Limits:
         tile_outputs: outputs of one tile.
         static_inputs: whether input ranges must be fixed at compile time (a DAC), which needs
             calibration.
+        fabric_bits: width of a number in the KV memory, in attention's operands and in stored
+            tables on the digital fabric, in bits; 0 if they stay real numbers.
     """
 
     weight_bits: tuple[int, int]
@@ -30,6 +32,7 @@ class Limits:
     tile_inputs: int
     tile_outputs: int
     static_inputs: bool
+    fabric_bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,7 @@ class FabricOp:
         name: the node's name; kind: ``attention``, ``norm``, ``elementwise``, ``softmax``,
             ``rotary``, ``embedding``, ``kv_memory``, ``table``, ``wiring`` or ``control``.
         scope: module scope; sources: ids of the source nodes.
-        work: e.g. ``macs``, ``macs_per_context``, ``exps_per_context``, ``adds``, ``muls``,
-            ``table_reads``, ``kv_write_bytes``, ``kv_read_bytes_per_context``.
+        work: counts by kind of work; `pfmc.targets.fabric.keys` names them.
     """
 
     name: str

@@ -49,9 +49,10 @@ def look(path: Path, trust_root: Path | None = None) -> View:
         return _artifact(path)
     loaded = ingest.load(path, trust_root=trust_root)
     opset = loaded.model.graph.opset_imports.get("", 0)
-    title = f"{loaded.path.name}: {loaded.exporter}, {loaded.precision.name}, opset {opset}"
+    title = f"{loaded.title}: {loaded.exporter}, {loaded.precision.name}, opset {opset}"
     model = loaded.model
-    if vocabulary.DOMAIN in model.graph.opset_imports:  # a dump: ingest opened its operators up
+    opened = vocabulary.DOMAIN in model.graph.opset_imports and not loaded.from_checkpoint
+    if opened:  # a dump: ingest opened its operators up
         model = ir.load(loaded.path)
     return View(path, "model", title, tuple(_items(model)))
 

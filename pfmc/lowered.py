@@ -15,6 +15,7 @@ from pfmc.artifact import Writer
 from pfmc.errors import InternalError
 from pfmc.hardware import FabricOp, Workload
 from pfmc.ir import vocabulary
+from pfmc.passes.pieces import left_in_pieces
 from pfmc.report.table import Table
 from pfmc.store import LayerRecord
 from pfmc.targets.base import Target
@@ -126,6 +127,7 @@ def report(
         "schema_version": 1,
         "model": _facts(model, records, ops),
         "passes": dict(notes),
+        "pieces": left_in_pieces(model, ops, notes),
         "cost": cost.to_json(costs),
         "baseline": cost.to_json(gpu.baseline(float(_parameters(model, records)))),
         "layers": {r.name: r.diagnostics for r in records},

@@ -31,8 +31,7 @@ _ROUNDS = 4
 _KEPT_OUTPUT = 1 << 20
 _TAIL = 3  # lines of a check's output that are shown
 _OBSERVED = 2000
-_RECORDED = 4096  # elements of a recorded constant, at most
-_SYMBOL = 2  # size of a dynamic dimension in the run that records integers
+_SYMBOL = 2  # size of a dynamic dimension in the run that records values
 
 
 def _silent(_: str) -> None:
@@ -160,7 +159,7 @@ def reduce_model(
             where=str(path),
             mend=getattr(fails, "last", "") or "the check must fail on the model that is given",
         )  # fmt: skip
-    subject.values = _record(subject)
+    subject.learn(_record(subject))
     with tempfile.TemporaryDirectory(prefix="pfmc-reduce-") as folder:
         deadline = None if total_s is None else time.monotonic() + total_s
         search = _Search(subject, fails, Path(folder), deadline, progress)
@@ -333,11 +332,11 @@ class _Search:
 
 
 def _record(subject: Subject) -> dict[str, Any]:
-    """The small integers and flags among the inner values in one run of ONNX Runtime.
+    """The values that `subject` asks for, in one run of ONNX Runtime on ones.
 
     A model that it refuses, or that needs other inputs than those made up here, records nothing.
     """
-    names = subject.integers()[:_OBSERVED]
+    names = subject.questions()[:_OBSERVED]
     if not names:
         return {}
     try:
@@ -346,7 +345,7 @@ def _record(subject: Subject) -> dict[str, Any]:
             found = oracle.run(feeds)
     except (PfmcError, ValueError, KeyError):
         return {}
-    return {n: found[n] for n in names if n in found and found[n].size <= _RECORDED}
+    return {n: found[n] for n in names if n in found}
 
 
 def _feed(kind: str, dims: tuple[int | str, ...]) -> Any:

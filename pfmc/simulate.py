@@ -88,7 +88,9 @@ class Machine:
         wanted = {str(v.name): v for v in self.student.model.graph.inputs}
         for name in feeds:
             if name not in wanted:
-                raise UsageError(f"the model has no input {name!r}", mend=did_you_mean(name, wanted))
+                raise UsageError(
+                    f"the model has no input {name!r}", mend=did_you_mean(name, wanted)
+                )
         checked: dict[str, Array] = {}
         rows = next((v.shape[0] for v in feeds.values() if v.ndim), 1)
         for name, value in wanted.items():

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,9 @@ from pfmc.artifact import FileEntry, Writer, canonical_json, file_name
 from pfmc.errors import CorruptError, UsageError, did_you_mean
 from pfmc.hardware import FixedLinear, LayerSummary, TiledLinear
 from pfmc.rounding import pack_int4, unpack_int4
-from pfmc.targets.base import StoredLinear
+
+if TYPE_CHECKING:
+    from pfmc.targets.base import StoredLinear
 
 Array = npt.NDArray[np.generic]
 
@@ -171,6 +173,8 @@ def read_layer(artifact: Path, record: LayerRecord) -> StoredLinear:
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
+
+    from pfmc.targets.base import StoredLinear  # with cost and technology, which inspect needs not
 
     path = artifact / record.weights_path
     try:

@@ -2,7 +2,8 @@
 
 A technology is ``kind = "rom"`` (or crossbar, optical, fabric, gpu), a ``title``, tables of
 constants (`pfmc.quantity.Quantity`), ``[[noise]]`` laws, and optionally ``uses = ["fabric_n7"]``:
-further files whose constants it takes in, under their own table names.
+further files whose constants, settings and noise laws it takes in. What it states itself goes
+before; stating any noise law replaces all that were taken in.
 """
 
 from __future__ import annotations
@@ -139,9 +140,14 @@ def _read(path: Path, seen: frozenset[str]) -> Technology:
         raise UsageError("the technology has no kind", where=path.name, mend='kind = "rom"')
     constants: dict[str, Quantity] = {}
     settings: dict[str, str] = {}
+    noise: tuple[NoiseLaw, ...] = ()
     for used in _names(path.name, table.pop("uses", [])):
-        constants.update(_read(library.find("targets", used), seen | {path.stem}).constants)
-    noise = tuple(_law(path.name, n) for n in table.pop("noise", []))
+        below = _read(library.find("targets", used), seen | {path.stem})
+        constants.update(below.constants)
+        settings.update(below.settings)
+        noise += below.noise
+    if "noise" in table:
+        noise = tuple(_law(path.name, n) for n in table.pop("noise"))
     for key, value in table.items():
         _collect(path.name, key, value, constants, settings)
     kind, title = settings.pop("kind"), settings.pop("title", path.stem)

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 
 from pfmc import artifact, ingest, simulate, store
 from pfmc.distill import calibrate, drive, measure
 from pfmc.distill.drive import Drive
-from pfmc.distill.feeds import batches, batches_of_file
+from pfmc.distill.feeds import batches_of_file
 from pfmc.distill.generate import Decoder
 from pfmc.distill.reference import Reference
 from pfmc.distill.student import Student
@@ -39,7 +38,6 @@ Progress = Callable[[str], None]
 CHECKPOINT = "config.json"
 """Stands for a checkpoint as source, whose truth is transformers' own forward."""
 _BATCH = 8
-_SHORTEST = 2
 EXACT_POSITIONS = 4
 """Random input vectors that each layer's integer product is checked on."""
 _TOGETHER = 1 << 24
@@ -320,7 +318,7 @@ def _batches(
     if plan.inputs is not None:
         return list(batches_of_file(model, plan.inputs, plan.windows))
     if lead is None:
-        return _made_up(model, plan)
+        return calibrate.made_up(model, plan.windows, plan.length, plan.seed)
     decoder = Decoder(Student(model).eval(), machine.tokenizer)
     length = calibrate.fitting_length(decoder, plan.length)
     if lead.length and not lead.memories:  # fixed: no shorter windows, no longer ones
@@ -338,22 +336,6 @@ def _batches(
             mend="give a longer text",
         )
     return [feeds_of(lead, ids[i : i + size]) for i in range(0, whole, size)]
-
-
-def _made_up(model: ir.Model, plan: _Plan) -> list[dict[str, Array]]:
-    """Random tokens or noise, no longer than the position table of an encoder holds."""
-    student, length = Student(model).eval(), plan.length
-    while True:
-        made = list(batches(model, plan.windows, length, plan.seed))
-        try:
-            with torch.inference_mode():
-                student(**made[0])
-        except (IndexError, RuntimeError) as error:
-            if length // 2 < _SHORTEST:
-                raise UsageError(f"the model does not run on made-up data: {error}") from error
-            length //= 2
-        else:
-            return made
 
 
 def _windows(machine: Machine, text: Path, length: int, count: int) -> Array:
@@ -495,7 +477,8 @@ def _estimate(
     name: str, found: measure.Estimate, limit: float | None,
     through: Callable[[float], float] = float, *, relation: str = "<=", unit: str = "",
 ) -> Row:  # fmt: skip
-    low, high = (through(min(v, 700.0)) if math.isfinite(v) else None for v in (found.low, found.high))
+    ends = (found.low, found.high)
+    low, high = (through(min(v, 700.0)) if math.isfinite(v) else None for v in ends)
     return Row(name, through(found.value), limit, relation, unit, low, high)
 
 

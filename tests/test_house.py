@@ -34,7 +34,7 @@ ONLY_IN = {
         "ingest", "ir", "passes", "distill", "targets", "lowered", "compile", "simulate", "verify",
         "inspect_model", "lint",
     },
-    "torch": {"distill", "targets", "simulate"},
+    "torch": {"distill", "targets", "simulate", "verify"},
 }
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "scipy", "pyarrow")
 

@@ -1,4 +1,4 @@
-"""Verification finds what it must find, passes what must pass, and its measures are what they say."""
+"""Verification finds what it must, passes what must pass, and measures what it says."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def bard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_shipped_model_keeps_its_perplexity_on_rom(bard: Path) -> None:
-    """The promise: 4-bit blocks, at most 2 % more perplexity than ONNX Runtime, with its interval."""
+    """The promise: 4-bit blocks, at most 2 % above ONNX Runtime's perplexity, interval and all."""
     found = verify.verify(bard)
     rows = {r.name: r for r in found.rows}
     assert found.passed, [r for r in found.rows if r.passed is False]
@@ -75,7 +75,7 @@ def test_the_shipped_model_keeps_its_perplexity_on_rom(bard: Path) -> None:
     assert ratio.value <= 1.02
     assert ratio.high is not None
     assert ratio.high <= 1.02
-    assert 0.99 <= ratio.value
+    assert ratio.value >= 0.99
     assert rows["KL divergence"].value <= 0.012
     assert rows["top-1 agreement"].value >= 0.90
     assert rows["integer products that differ from ONNX Runtime"].value == 0
@@ -229,7 +229,7 @@ def test_cosine_is_scipys(seed: int, rows: int, width: int) -> None:
 def test_rank_correlation_is_spearmans_formula() -> None:
     """Without ties rho = 1 - 6 sum d² / n (n² - 1), here over the 6 pairs of 4 unit vectors."""
     angles = np.array([0.0, 0.1, 0.5, 1.3])
-    moved = np.array([0.0, 0.9, 0.5, 1.3])
+    moved = np.array([0.0, 0.85, 0.5, 1.3])
 
     def vectors(at: np.ndarray) -> np.ndarray:
         return np.stack([np.cos(at), np.sin(at)], axis=1)

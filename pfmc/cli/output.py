@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -11,9 +12,19 @@ from collections.abc import Mapping
 
 
 def print_json(body: Mapping[str, object] | list[object]) -> None:
-    """One JSON document on stdout, nothing else."""
-    json.dump(body, sys.stdout, indent=1, sort_keys=True)
+    """One JSON document on stdout, nothing else; numbers that JSON cannot say become null."""
+    json.dump(_sayable(body), sys.stdout, indent=1, sort_keys=True, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def _sayable(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _sayable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sayable(v) for v in value]
+    return value
 
 
 def clear_line() -> str:

@@ -149,9 +149,12 @@ def _write(
 
 def _hardware(machine: Machine, tokens: int) -> dict[str, float]:
     metrics = machine.report["cost"]["metrics"]
-    energy_j = float(metrics["energy__token"]["typical"])
+    speed, energy_j = (
+        float(metrics.get(key, {}).get("typical", "nan"))
+        for key in ("throughput__user", "energy__token")
+    )
     return {
-        "hardware_tokens_per_s": float(metrics["throughput__user"]["typical"]),
+        "hardware_tokens_per_s": speed,
         "hardware_energy_per_token_j": energy_j,
         "hardware_energy_j": energy_j * tokens,
     }

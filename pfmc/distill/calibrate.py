@@ -365,6 +365,22 @@ def _without_text(
             length //= 2
 
 
+def made_up(model: ir.Model, count: int, length: int, seed: int) -> list[Feeds]:
+    """`batches` of a length that the model's position table holds: `length`, halved as needed."""
+    student = Student(model).eval()
+    while True:
+        made = list(batches(model, count, length, seed))
+        try:
+            with torch.inference_mode():
+                student(**made[0])
+        except (IndexError, RuntimeError) as error:
+            if length // 2 < _SHORTEST:
+                raise UsageError(f"the model does not run on made-up data: {error}") from error
+            length //= 2
+        else:
+            return made
+
+
 def _kind(model: ir.Model) -> str:
     if any(is_ids(v) for v in model.graph.inputs):
         return "random tokens: give --text for real ones"

@@ -56,9 +56,10 @@ def group_query_attention(low: Lowering) -> None:
 
 def _say_width(past: ir.Value | None, head: int) -> None:
     """Writes the head width into the shape of a memory that leaves it open (genai exports do)."""
-    if past is not None and past.shape is not None and len(past.shape) == 4:
-        if not isinstance(past.shape[3], int):
-            past.shape = ir.Shape([*past.shape[:3], head])
+    if past is None or past.shape is None or len(past.shape) != 4:
+        return
+    if not isinstance(past.shape[3], int):
+        past.shape = ir.Shape([*past.shape[:3], head])
 
 
 def _separate(

@@ -15,6 +15,7 @@ from pfmc.errors import InputError
 from pfmc.ingest.findings import MAX_FINDINGS, Finding, refuse
 from pfmc.ingest.order import disorder, label
 from pfmc.ingest.tensors import check_dims, check_dtype, check_tensor, tensor_code
+from pfmc.ingest.texts import decodes, strings
 from pfmc.ir.vocabulary import OPSET
 
 OPSETS = range(7, 27)
@@ -93,7 +94,7 @@ class Guard:
 
     def _texts(self) -> None:
         """All names are text: protobuf hands out broken UTF-8 as bytes."""
-        for string in _strings(self.proto):
+        for string in strings(self.proto):
             if not isinstance(string, str):
                 self._say("PFM002", f"A name in the file is not UTF-8 text: {string[:80]!r}")
 
@@ -110,7 +111,7 @@ class Guard:
                 "PFM005",
                 f"The file format version (IR) is {proto.ir_version}; "
                 f"{_range(IR_VERSIONS)} are read",
-                mend="export or convert the model with a current onnx",
+                mend=f"save it with ir_version <= {IR_VERSIONS[-1]}, the newest that runs",
             )
         self.opset = self._check_opset(proto.opset_import, "the model")
         return whole and self.opset in OPSETS
@@ -296,7 +297,7 @@ class Guard:
             what = ""
             if attribute.name in seen:
                 what = f"Attribute {attribute.name!r} is given twice"
-            elif not _decodes((attribute.s, *attribute.strings)):
+            elif not decodes((attribute.s, *attribute.strings)):
                 what = f"Attribute {attribute.name!r} is not UTF-8 text"
             elif attribute.ref_attr_name and not in_function:
                 what = "An attribute refers to a function, outside of any"
@@ -354,37 +355,6 @@ def _context(ir_version: int, opset: int) -> checker.C.CheckerContext:
 def _first_line(text: str, opset: int) -> str:
     line = text.partition("\n")[0].strip()
     return f"A node does not fit its operator in opset {opset}: {line[:300]}"
-
-
-def _strings(proto: onnx.ModelProto) -> Iterator[str | bytes]:
-    """Every name of the model but those inside subgraphs, which are refused anyway."""
-    yield from (proto.producer_name, proto.producer_version, proto.domain)
-    yield from (o.domain for o in proto.opset_import)
-    graph = proto.graph
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        yield value.name
-        for dim in value.type.tensor_type.shape.dim:
-            yield dim.dim_param
-    yield from (t.name for t in graph.initializer)
-    for body in (graph, *proto.functions):
-        yield body.name
-        for node in body.node:
-            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
-            for attribute in node.attribute:
-                yield from (attribute.name, attribute.ref_attr_name)
-    for function in proto.functions:
-        yield from (function.domain, *function.input, *function.output, *function.attribute)
-        yield from (a.name for a in function.attribute_proto)
-        yield from (o.domain for o in function.opset_import)
-
-
-def _decodes(values: Iterable[bytes]) -> bool:
-    try:
-        for value in values:
-            value.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _known(op_type: str, opset: int) -> bool:

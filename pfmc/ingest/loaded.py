@@ -37,9 +37,17 @@ class Loaded:
     @property
     def name(self) -> str:
         """What to call the model: the file's name without its ending, or a checkpoint's folder."""
-        if self.path.name == "config.json":
-            return self.path.resolve().parent.name
-        return self.path.stem
+        return self.title if self.from_checkpoint else self.path.stem
+
+    @property
+    def title(self) -> str:
+        """The file's name, or a checkpoint's folder."""
+        return self.path.absolute().parent.name if self.from_checkpoint else self.path.name
+
+    @property
+    def from_checkpoint(self) -> bool:
+        """Whether the graph was built from a checkpoint; no ONNX file exists then."""
+        return self.path.name == "config.json"
 
     def release(self) -> None:
         """Lets the system drop all weights that were paged in."""

@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 
 EMBED_BYTES = 1 << 30
 _FILL_ELEMENTS = 1 << 20
+_RECORDED = 4096  # elements of a recorded constant, at most
+_NUMBERS = "biuf"  # NumPy's kinds that stand for themselves
 _BOMBS = frozenset({"PFM106", "PFM107"})
 _INTEGERS = frozenset({onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL})
 
@@ -46,10 +48,23 @@ class Subject:
     strictness: int
     values: Mapping[str, Array] = field(default_factory=dict)
 
-    def integers(self) -> list[str]:
-        """Inner values of integer or flag type, which a run may record."""
-        made = (o for n in self.proto.graph.node for o in n.output if o in self.types)
-        return [o for o in made if self.types[o].tensor_type.elem_type in _INTEGERS]
+    def questions(self) -> list[str]:
+        """Inner values of integer or flag type, and those of unknown type or rank: for a run."""
+        made = (o for n in self.proto.graph.node for o in n.output if o)
+        return [o for o in made if o not in self.types or _worth_asking(self.types[o])]
+
+    def learn(self, found: Mapping[str, Array]) -> None:
+        """Takes what a run showed: types and shapes that were unknown, and small integers."""
+        for name, array in found.items():
+            kind = self.types.get(name)
+            unknown = kind is None or not kind.tensor_type.HasField("shape")
+            if unknown and array.dtype.kind in _NUMBERS:
+                number = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+                self.types[name] = onnx.helper.make_tensor_type_proto(number, array.shape)
+        self.values = {
+            n: a for n, a in found.items()
+            if _element(self.types.get(n)) in _INTEGERS and a.size <= _RECORDED
+        }  # fmt: skip
 
     def constant(self, name: str, *, real: bool) -> Array | None:
         """A constant in place of value `name`: as recorded, or where `real` 0.5 everywhere."""
@@ -64,6 +79,14 @@ class Subject:
         if not known or int(np.prod(sizes, dtype=object)) > _FILL_ELEMENTS:
             return None
         return np.full(sizes, 0.5, np.float32)
+
+
+def _element(kind: onnx.TypeProto | None) -> int:
+    return kind.tensor_type.elem_type if kind is not None else 0
+
+
+def _worth_asking(kind: onnx.TypeProto) -> bool:
+    return _element(kind) in _INTEGERS or not kind.tensor_type.HasField("shape")
 
 
 def open_subject(path: Path) -> Subject:

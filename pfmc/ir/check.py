@@ -105,6 +105,8 @@ def illegal(model: ir.Model, stage: Stage) -> list[Violation]:
     found: list[Violation] = []
     names: set[str] = set()
     for node in model.graph:
+        if stage is Stage.SOURCE and node.domain != DOMAIN:
+            continue  # anything may stand there
         found += [Violation(describe(node), what) for what in _illegal(node, stage)]
         if node.domain == DOMAIN and node.op_type in vocabulary.LINEARS:
             if not node.name or node.name in names:
@@ -225,10 +227,14 @@ def _walk(graph: ir.Graph, known: dict[str, ir.Value]) -> Iterator[Violation]:
         for value in node.inputs:
             if value is not None and known.get(value.name or "") is not value:
                 yield Violation(describe(node), f"input {value.name!r} is not defined before it")
-        for body in _bodies(node):
-            yield from _body(body, known)
+        if node.attributes:
+            for body in _bodies(node):
+                yield from _body(body, known)
         for value in node.outputs:
-            yield from _define(value, describe(node), known)
+            if value.name and value.name not in known:
+                known[value.name] = value
+            else:
+                yield from _define(value, describe(node), known)
 
 
 def _bodies(node: ir.Node) -> Iterable[ir.Graph]:
@@ -264,11 +270,11 @@ class Snapshot:
     """What is remembered of a model while a pass works on it.
 
     Attributes:
-        sources: value name -> source ids of the node that makes it.
+        sources: value name -> source ids of the node that makes it, space-separated.
         tensors: initialiser -> its tensor, and a checksum of it if it is small and in memory.
     """
 
-    sources: dict[str, frozenset[str]]
+    sources: dict[str, str]
     tensors: dict[ir.Value, tuple[ir.TensorProtocol, int]]
 
 
@@ -276,7 +282,7 @@ def snapshot(model: ir.Model) -> Snapshot:
     """Remembers where each value comes from and which tensor each initialiser has."""
     return Snapshot(
         {
-            value.name or "": frozenset(provenance.sources(node))
+            value.name or "": node.metadata_props.get(vocabulary.KEY_SOURCE, "")
             for node in model.graph
             for value in node.outputs
         },
@@ -301,10 +307,10 @@ def lost(model: ir.Model, before: Snapshot) -> list[Violation]:
     """
     found = []
     for node in model.graph:
-        ids = set(provenance.sources(node))
+        ids = node.metadata_props.get(vocabulary.KEY_SOURCE, "")
         for value in node.outputs:
-            missing = before.sources.get(value.name or "", frozenset()) - ids
-            if missing:
+            old = before.sources.get(value.name or "", "")
+            if old != ids and (missing := set(old.split()) - set(ids.split())):
                 words = " ".join(sorted(missing, key=provenance.order))
                 found.append(Violation(describe(node), f"{value.name!r} lost its sources {words}"))
     return [*found, *_mutated(before)]

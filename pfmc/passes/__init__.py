@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pfmc.passes.base import Pass
 
 PASSES = {
+    "fabric-formats": "pfmc.passes.fabric_formats:FabricFormats",
     "fold": "pfmc.passes.fold:Fold",
     "kv-memory": "pfmc.passes.kv_memory:KvMemory",
     "linears": "pfmc.passes.linears:Linears",

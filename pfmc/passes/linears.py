@@ -58,6 +58,8 @@ def _finish(
     if bias is None:
         bias = zeros(graph, str(output.name), length, kind_of(weight))
     node = linear(x, weight, bias, output, found.root)
+    if SLICE in weight.meta:  # an expert: which rows reach it is decided at run time
+        del node.metadata_props[vocabulary.KEY_VALUE]
     matcher.substitute(at, old, [node], output)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,10 +127,27 @@ def run(
     context, steps = context or Context(), list(passes)
     last = _last(steps, settings.stop_after)
     watchers = [*settings.instruments, *([Dump(settings.dump)] if settings.dump else [])]
-    flow = _Flow(model, model.clone(), steps, context, settings, watchers)
-    for index in range(last + 1):
-        flow.step(index)
+    with no_garbage_collection():
+        flow = _Flow(model, model.clone(), steps, context, settings, watchers)
+        for index in range(last + 1):
+            flow.step(index)
     return Outcome(flow.model, tuple(flow.done), settings.stop_after is not None)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keeps Python's cycle collector off: each of its runs would walk the whole graph.
+
+    A graph is all cycles and hardly any of them die; with the collector on, time grows faster
+    than the number of nodes.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def canonicalise(
@@ -143,9 +162,10 @@ def canonicalise(
         InputError: something was left that no hardware of ours holds; names the node and, where a
             pass declined it, the reason.
     """
-    outcome = run(model, passes, context, settings)
-    if not outcome.stopped:
-        check.require_stage(outcome.model, Stage.CANONICAL, outcome.reasons())
+    with no_garbage_collection():
+        outcome = run(model, passes, context, settings)
+        if not outcome.stopped:
+            check.require_stage(outcome.model, Stage.CANONICAL, outcome.reasons())
     return outcome
 
 
@@ -194,7 +214,7 @@ class _Flow:
             watcher.after(index, step, result)
 
     def _measured(self, index: int, step: Pass) -> PassResult:
-        before = text.histogram(self.model)
+        before = self.done[-1].after if self.done else text.histogram(self.model)
         remembered = check.snapshot(self.model) if self.settings.verify_each else None
         start = time.process_time()
         result = step.apply(self.model, self.context)

@@ -157,7 +157,7 @@ def _future_opset(model: Model) -> None:
 
 
 GRAPHS: dict[str, tuple[Callable[[Model], None], tuple[str, ...]]] = {
-    "cycle": (_cycle, ("'fc'",)),
+    "cycle": (_cycle, ("circle", "act -> fc")),
     "undefined name": (_undefined, ("'nowhere'", "'fc'")),
     "duplicate name": (_duplicate, ("'h'", "twice", "'act'")),
     "duplicate weight": (_duplicate_weight, ("'fc.weight'",)),

@@ -47,7 +47,8 @@ def test_every_verb_helps_with_an_example(verb: str, here: Callable[..., Any]) -
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_option_is_explained(verb: str, here: Callable[..., Any]) -> None:
-    options = re.findall(r"^│ +(?:\* +)?((?:[A-Z]+ )?-\S+.*?)\s{2,}(\S*)", here(verb, "--help").out, re.M)
+    printed = here(verb, "--help").out
+    options = re.findall(r"^│ +(?:\* +)?((?:[A-Z]+ )?-\S+.*?)\s{2,}(\S*)", printed, re.MULTILINE)
     assert options
     assert all(text for _, text in options), options
 

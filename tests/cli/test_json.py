@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,15 +57,21 @@ def test_json(
 def test_problems_of_a_damaged_artifact_in_json(
     here: Callable[..., Any], artifacts: dict[str, Path], tmp_path: Path
 ) -> None:
-    import json
-    import shutil
-
     out = tmp_path / "out.pfm"
     shutil.copytree(artifacts["rom"], out)
     (out / "layers.json").unlink()
     done = here("check", out, "--json")
     assert (done.code, done.err) == (6, "")
     assert json.loads(done.out)["problems"] == ["layers.json is missing"]
+
+
+def test_numbers_that_json_cannot_say_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    from pfmc.cli.output import print_json
+
+    print_json({"a": [float("nan"), 1.5], "b": {"c": float("-inf"), "d": (float("inf"), 2)}})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": [None, 1.5], "b": {"c": None, "d": [None, 2]}
+    }  # fmt: skip
 
 
 def test_json_through_the_real_command_line(

@@ -22,8 +22,8 @@ def softmax_check(tmp_path: Path) -> str:
     """A command that fails where a Softmax stands."""
     path = tmp_path / "check.py"
     path.write_text(
-        "import sys, onnx\n"
-        "sys.exit(any(n.op_type == 'Softmax' for n in onnx.load(sys.argv[1]).graph.node))\n"
+        "import sys\n"
+        "sys.exit(b'Softmax' in open(sys.argv[1], 'rb').read())\n"  # only its nodes bear the word
     )
     return f"{sys.executable} {path}"
 
@@ -40,22 +40,21 @@ def test_with_a_script(
 
 
 def test_json(tmp_path: Path, here: Callable[..., Any]) -> None:
-    path = tangent(tmp_path)
+    path = dice(tmp_path)
     body = here("reduce", path, "--check", "false", "-o", tmp_path / "s.onnx", "--json").json()
     assert body["schema_version"] == 1
-    assert body["nodes"] == [3, 1]
+    assert body["nodes"] == [2, 1]
     assert body["finished"] is True
     assert set(body) == {
         "schema_version", "path", "sha256", "nodes", "bytes", "checks", "finished",
     }  # fmt: skip
 
 
-def tangent(tmp_path: Path) -> Path:
-    """A model that ingest refuses for one node of three."""
+def dice(tmp_path: Path) -> Path:
+    """A model that ingest refuses for one node of two."""
     body = [
         make.make_node("MatMul", ["x", "w"], ["a"], name="fc"),
-        make.make_node("Bernoulli", ["a"], ["b"], name="odd"),
-        make.make_node("Relu", ["b"], ["y"], name="act"),
+        make.make_node("Bernoulli", ["a"], ["y"], name="odd"),
     ]
     value = make.make_tensor_value_info
     graph = make.make_graph(
@@ -68,6 +67,7 @@ def tangent(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_with_pfmc_itself(
     tmp_path: Path, here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,13 +75,13 @@ def test_with_pfmc_itself(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), *sys.path[1:]]))
     check = f"{sys.executable} -m pfmc compile {{}} --target rom --stop-after canonical"
     out = tmp_path / "small.onnx"
-    done = here("reduce", tangent(tmp_path), "--check", check, "--match", "Bernoulli", "-o", out)
+    done = here("reduce", dice(tmp_path), "--check", check, "--match", "Bernoulli", "-o", out)
     assert done.code == 0, done.err
     assert [n.op_type for n in onnx.load(out).graph.node] == ["Bernoulli"]
 
 
 def test_errors(tmp_path: Path, softmax_check: str, here: Callable[..., Any]) -> None:
-    path = tangent(tmp_path)
+    path = dice(tmp_path)
     here("reduce", path, "--check", softmax_check).refused(2, "does not fail", "exit code 0")
     here("reduce", path).refused(2, "check")
     here("reduce", path, "--check", "no-such-program").refused(2, "cannot run the check")
@@ -92,7 +92,7 @@ def test_errors(tmp_path: Path, softmax_check: str, here: Callable[..., Any]) ->
 
 
 def test_lint_from_the_command_line(tmp_path: Path, here: Callable[..., Any]) -> None:
-    path = tangent(tmp_path)
+    path = dice(tmp_path)
     done = here("inspect", "--lint", path)
     assert (done.code, done.err) == (3, "")
     assert "PFM103 error   Bernoulli (draws random numbers) x 1\n    where: node 'odd'" in done.out

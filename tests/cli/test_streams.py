@@ -30,7 +30,7 @@ def test_data_goes_to_stdout_and_nothing_else_without_a_terminal(
 def test_no_line_is_folded_without_a_terminal(pfmc: Callable[..., Any]) -> None:
     narrow = pfmc("targets", "rom", env={"COLUMNS": "30"})
     assert narrow.out == pfmc("targets", "rom").out
-    title, headings, *rows = narrow.out.splitlines()
+    _, headings, *rows = narrow.out.splitlines()
     assert headings.split() == ["constant", "value", "unit", "grade", "source"]
     assert all(row.split()[0].count(".") == 1 or row.startswith("noise") for row in rows)
     assert not any(line.endswith(" ") for line in narrow.out.splitlines())

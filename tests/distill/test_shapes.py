@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 
@@ -96,3 +98,30 @@ def test_weights_of_fixed_linears_are_not_read() -> None:
     weight = model.graph.initializers["w"]
     weight.const_value = ir.LazyTensor(refuse, ir.DataType.FLOAT, ir.Shape([8, 6]), name="w")
     assert probe_shapes(model)["y"][0].shape == (1, 3, 6)
+
+
+def _with_inputs(text: str) -> ir.Model:
+    graph = onnx.parser.parse_graph(f"g {text}")
+    opsets = [onnx.helper.make_opsetid("", 24)]
+    return ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets))
+
+
+def test_an_input_named_like_the_memory_is_as_long() -> None:
+    """A cross-attention mask is as long as the cross memory, not as past and present together."""
+    model = _with_inputs(
+        """(float[B,1,1,enc] mask, float[B,1,enc,8] past_key) => (float[B,1,8,enc] y) {
+            t = Transpose<perm=[0,1,3,2]>(past_key) y = Add(t, mask)
+        }"""
+    )
+    first, second = probe_shapes(model)["y"]
+    assert (first.shape, second.shape) == ((1, 1, 8, 5), (1, 1, 8, 9))
+
+
+def test_a_sound_is_long_enough_for_its_kernels() -> None:
+    model = _with_inputs(
+        """(float[B,samples] x) => (float[B,1,n] y) <float[1,1,4] w = {1,1,1,1}> {
+            a = Constant<value_ints=[1]>() u = Unsqueeze(x, a) y = Conv<strides=[40], dilations=[30]>(u, w)
+        }"""
+    )
+    first, second = probe_shapes(model)["y"]
+    assert 0 < first.size < second.size

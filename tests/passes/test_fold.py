@@ -79,3 +79,31 @@ def test_random_numbers_are_not_folded(lab: Any) -> None:
     model = lab.make(text, c=np.zeros(2, np.float32))
     lab.apply(model, [Fold()])
     assert lab.counts(model) == {"RandomUniformLike": 1}
+
+
+def test_a_large_weight_norm_becomes_one_lazy_constant(lab: Any, floats: Floats) -> None:
+    """wav2vec2 keeps direction and length of a kernel apart: ``v * (g / |v|)``."""
+    text = """(float[2,8,9] x) => (float[2,64,7] y) {
+        n = ReduceL2<keepdims=1>(v, axes) r = Div(g, n) w = Mul(v, r) y = Conv(x, w)
+    }"""
+    model = lab.make(
+        text, v=floats(64, 8, 3), g=floats(64, 1, 1), axes=np.array([1, 2], np.int64)
+    )
+    shapes = {"n": (64, 1, 1), "r": (64, 1, 1), "w": (64, 8, 3)}
+    for node in model.graph:
+        if (shape := shapes.get(str(node.outputs[0].name))) is not None:
+            node.outputs[0].shape = ir.Shape(shape)
+    lab.same(model, [Fold(largest=64)], {"x": floats(2, 8, 9)})
+    assert lab.counts(model) == {"Conv": 1}
+    assert isinstance(model.graph[0].inputs[1].const_value, ir.LazyTensor)
+
+
+def test_views_of_a_slice_read_no_more_than_the_slice(lab: Any, floats: Floats) -> None:
+    text = """(float[N,4] x) => (float[N,6] y) {
+        a, b = Split<axis=0, num_outputs=2>(w) c = Squeeze(b, zero)
+        d = Transpose<perm=[1,0]>(c) y = MatMul(x, d)
+    }"""
+    model = lab.make(text, w=floats(2, 6, 4), zero=np.array([0], np.int64))
+    lab.same(model, [Fold(largest=8)], {"x": floats(3, 4)})
+    assert lab.counts(model) == {"MatMul": 1}
+    assert model.graph[0].inputs[1].meta["pfmc.slice"] == 1

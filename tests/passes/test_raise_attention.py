@@ -274,3 +274,50 @@ def test_past_keys_and_values_become_the_operators_own(lab: Any, floats: Floats)
     ]
     assert [v.name for v in node.outputs] == ["y", "kk", "vv"]
     assert lab.counts(model) == {"Attention": 1}
+
+
+@pytest.mark.parametrize("form", ["Div(p, cap)", "Mul(p, inverse)"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_softcap(lab: Any, floats: Floats, form: str, masked: bool) -> None:
+    """Gemma 2: ``cap * tanh(s / cap)`` before the mask; the scale is that of the scores."""
+    mask = f"{CAUSAL} m = Where(ok, nought, low) a = Add(h, m)" if masked else "a = Identity(h)"
+    body = (
+        f"{KT} p0 = MatMul(q, kt) p = Mul(p0, scale) d = {form} t = Tanh(d) h = Mul(t, cap)"
+        f" {mask} w = Softmax<axis=-1>(a) y = MatMul(w, v)"
+    )
+    more = {"cap": np.array(1.5, np.float32)}
+    if "inverse" in form:
+        more["inverse"] = np.array(1 / 1.5, np.float32)
+    if masked:
+        more |= {"nought": np.array(0, np.float32), "low": np.array(LOW)}
+    model = _model(lab, body, **more)
+    feeds = {n: 3 * floats(2, 4, 5, 8) for n in "qkv"}
+    lab.same(model, PASSES, feeds)
+    (node,) = [n for n in model.graph if n.op_type == "Attention"]
+    assert node.attributes["softcap"].value == pytest.approx(1.5)
+    assert node.attributes["scale"].value == pytest.approx(0.25)
+    assert node.attributes["is_causal"].value == int(masked)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("mask", [f"{CAUSAL}", f"{WINDOW}"])
+def test_sink(lab: Any, floats: Floats, mask: str, centred: bool) -> None:
+    """gpt-oss: one learnt score a head takes part in the softmax and is dropped again."""
+    centre = "z0 = ReduceMax<keepdims=1>(j, last) z = Sub(j, z0)" if centred else "z = Identity(j)"
+    body = (
+        f"{KT} p0 = MatMul(q, kt) p = Mul(p0, scale) {mask} m = Where(ok, nought, low)"
+        " a = Add(p, m) b = Shape<start=0, end=1>(q) s = Shape<start=2, end=3>(q)"
+        " sh = Concat<axis=0>(b, heads, s, single) sink = Expand(learnt, sh)"
+        f" j = Concat<axis=-1>(a, sink) {centre} w0 = Softmax<axis=-1>(z)"
+        " w = Slice(w0, first, last, last) y = MatMul(w, v)"
+    )
+    more = {
+        "nought": np.array(0, np.float32), "low": np.array(LOW), "learnt": floats(1, 4, 1, 1),
+        "heads": np.array([4]), "single": np.array([1]), "first": np.array([0]),
+        "last": np.array([-1]),
+    }  # fmt: skip
+    model = _model(lab, body, **more)
+    lab.same(model, PASSES, {n: floats(2, 4, 5, 8) for n in "qkv"})
+    (node,) = [n for n in model.graph if n.op_type == "Attention"]
+    assert node.metadata_props["pfmc.sink"] == "1"
+    assert "Softmax" not in lab.counts(model)

@@ -117,3 +117,16 @@ def test_layer_norm_without_shift(lab: Any, floats: Callable[..., np.ndarray]) -
     model = lab.make(text, g=floats(16), **_used(text))
     assert lab.same(model, [RaiseNorms()], {"x": floats(2, 3, 16)}) == []
     assert lab.counts(model) == {"LayerNormalization": 1}
+
+
+@pytest.mark.parametrize("shape", ["B,6,4", "B,6,4,5", "B,6"])
+def test_batch_norm(lab: Any, floats: Callable[..., np.ndarray], shape: str) -> None:
+    """At inference it is one factor and one summand for each channel."""
+    text = (
+        f"(float[{shape}] x) => (float[{shape}] y)"
+        " { y = BatchNormalization<epsilon=0.01>(x, g, b, m, v) }"
+    )
+    model = lab.make(text, g=floats(6), b=floats(6), m=floats(6), v=np.abs(floats(6)))
+    sizes = [3 if d == "B" else int(d) for d in shape.split(",")]
+    assert lab.same(model, [RaiseNorms()], {"x": floats(*sizes)}) == []
+    assert lab.counts(model) == {"Mul": 1, "Add": 1}

@@ -23,6 +23,10 @@ def _text(width: int, take: str) -> str:
     )
 
 
+PARTS = (
+    " a = Mul(l, c) b = Mul(r, s) d = Sub(a, b) e = Mul(r, c) f = Mul(l, s) g = Add(e, f)"
+    " y = Concat<axis=-1>(d, g)"
+)
 SLICES = "l = Slice(x, zero, half, axis, one) r = Slice(x, half, far, axis, one)"
 SPLIT = "l, r = Split<axis=-1, num_outputs=2>(x)"
 
@@ -63,3 +67,29 @@ def test_unequal_parts_are_declined(lab: Any, floats: Callable[..., np.ndarray],
     declined = lab.same(model, [RaiseRotary()], feeds)
     assert "not the two halves" in declined[0].reason
     assert lab.counts(model)["Rotary"] == 0
+
+
+@pytest.mark.parametrize("take", [SLICES, SPLIT])
+def test_parts_turned_one_by_one(lab: Any, floats: Callable[..., np.ndarray], take: str) -> None:
+    """gpt-oss: tables of half the width, doubled for the operator."""
+    text = (
+        "(float[B,2,S,8] x, float[1,1,S,4] c, float[1,1,S,4] s) => (float[B,2,S,8] y)"
+        f" {{ {take}{PARTS} }}"
+    )
+    model = lab.make(text, **(_numbers(8, 4) if take is SLICES else {}))
+    feeds = {"x": floats(2, 2, 3, 8), "c": floats(1, 1, 3, 4), "s": floats(1, 1, 3, 4)}
+    assert lab.same(model, [RaiseRotary()], feeds) == []
+    assert lab.counts(model) == {"Rotary": 1, "Concat": 2}
+
+
+def test_parts_with_the_signs_the_other_way_stay(
+    lab: Any, floats: Callable[..., np.ndarray]
+) -> None:
+    body = f"{SPLIT}{PARTS}".replace("Sub(a, b)", "Sub(b, a)")
+    text = (
+        "(float[B,2,S,8] x, float[1,1,S,4] c, float[1,1,S,4] s) => (float[B,2,S,8] y)"
+        f" {{ {body} }}"
+    )
+    model = lab.make(text)
+    feeds = {"x": floats(2, 2, 3, 8), "c": floats(1, 1, 3, 4), "s": floats(1, 1, 3, 4)}
+    lab.same(model, [RaiseRotary()], feeds)

@@ -8,6 +8,7 @@ import pytest
 from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import InputError, InternalError
 from pfmc.hardware import FabricOp
+from pfmc.targets.fabric.keys import at
 from pfmc.targets.fabric.work import fabric_ops, fixed_positions
 
 
@@ -92,3 +93,22 @@ def test_only_a_model_of_fixed_size_has_fixed_positions(decoder: ir.Model) -> No
     assert attention.work["macs8"] == 8 * 14  # all 14 positions it always attends to
     assert attention.work["kv_held_values"] == 8 * 14
     assert not any(key.endswith("_per_context") for key in attention.work)
+
+
+def test_a_local_attention_sees_its_window_only(decoder: ir.Model) -> None:
+    """Beyond the window the context costs no more, neither products nor memory."""
+    for node in decoder.graph:
+        if node.op_type == "Attention":
+            node.metadata_props["pfmc.window"] = "16"
+    near = one(ops_of(decoder), "attention")
+    assert near.work["window"] == 16.0
+    for key in ("macs8", "kv_read_values", "kv_held_values"):
+        assert at(near, key, 8) * 2 == at(near, key, 16) == at(near, key, 4096) > 0
+
+
+def test_a_softcap_is_a_table_look_up_a_score(decoder: ir.Model) -> None:
+    for node in decoder.graph:
+        if node.op_type == "Attention":
+            node.attributes.add(ir.AttrFloat32("softcap", 30.0))
+    work = one(ops_of(decoder), "attention").work
+    assert work["table_reads_per_context"] == work["exps_per_context"]

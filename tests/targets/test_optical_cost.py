@@ -60,7 +60,7 @@ def test_energy_by_hand() -> None:
     assert terms["light.signal"] == pytest.approx(64 * 1e6 * photon / (0.8 * 0.4 * 0.12))
     lo = 10 * 200**2 / 0.68 * photon / (0.8 * 0.12)
     assert terms["light.oscillator"] == pytest.approx(64 * lo)
-    assert terms["partial_sums"] == pytest.approx(64 * (0.28e-12 + 0.03e-12))
+    assert terms["partial_sums"] == pytest.approx(64 * (0.143e-12 + 0.021e-12))
 
 
 def test_optical_copies_cost_light_and_save_converters() -> None:

@@ -188,7 +188,7 @@ def gemma3(c: Config) -> Plan:
     built = [SLIDING if (i + 1) % pattern else FULL for i in range(plan.layers)]
     kinds = _kinds(c, plan.layers, built)
     wide = rope(c, plan.width, theta=1e6, key=FULL)
-    base = c.real("rope_local_base_freq", default=1e4, low=1.0)
+    base = c.real("rope_local_base_freq", default=1e4)
     outer = {k: v for k, v in c.body.items() if k not in ("rope_theta", "rope_scaling")}
     near = rope(Config(outer, c.where), plan.width, theta=base, key=SLIDING)
     return replace(

@@ -46,7 +46,7 @@ def _ropes(c: Config, own: int) -> dict[str, Rope]:
     """The rotary table of each kind of layer."""
     bases = {FULL: ("global_rope_theta", 160000.0), SLIDING: ("local_rope_theta", 10000.0)}
     return {
-        kind: rope(c, own, theta=c.real(key, default=base, low=1.0), key=kind)
+        kind: rope(c, own, theta=c.real(key, default=base), key=kind)
         for kind, (key, base) in bases.items()
     }
 

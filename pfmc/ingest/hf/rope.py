@@ -11,6 +11,12 @@ import numpy as np
 from pfmc.errors import did_you_mean
 from pfmc.ingest.hf.config import Config
 
+WIDEST = 1 << 14
+"""The widest head whose rotary table is made."""
+
+LEAST_BASE = 1.001
+"""The least base of the frequencies."""
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -47,7 +53,7 @@ class _Want:
     @property
     def original(self) -> int:
         return self.config.integer(
-            "original_max_position_embeddings", default=self.longest, high=1 << 40
+            "original_max_position_embeddings", default=max(2, self.longest), low=2
         )
 
 
@@ -67,13 +73,14 @@ def rope(
     if own is not None and key and isinstance(own.body.get(key), dict):
         own = own.part(key)
     scaling = own or config.part("rope_scaling") or Config({}, config.where)
-    base = scaling.real(
-        "rope_theta", default=config.real("rope_theta", "rotary_emb_base", default=theta), low=1.0
-    )
+    outer = config.real("rope_theta", "rotary_emb_base", default=theta, low=LEAST_BASE)
+    base = scaling.real("rope_theta", default=outer, low=LEAST_BASE)
     share = scaling.real(
         "partial_rotary_factor",
         default=config.real("partial_rotary_factor", "rotary_pct", default=part),
     )
+    if width > WIDEST:
+        raise config.refuse("head_dim", f"gives heads of width {width}; at most {WIDEST}")
     turned = int(width * share)
     if not 0 < turned <= width or turned % 2:
         raise config.refuse("partial_rotary_factor", f"rotates {turned} of {width} numbers a head")

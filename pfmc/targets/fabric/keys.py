@@ -44,6 +44,11 @@ PER_CONTEXT: Final = "_per_context"
 """Suffix of work that is multiplied by the context length."""
 
 
+WINDOW: Final = "window"
+"""Work key of a local attention: positions seen; the context counts for no more of them."""
+
+
 def at(op: FabricOp, key: str, context: float) -> float:
     """The work `key` of one position of `op` at `context` positions."""
-    return op.work.get(key, 0.0) + op.work.get(key + PER_CONTEXT, 0.0) * context
+    seen = min(context, op.work.get(WINDOW, context))
+    return op.work.get(key, 0.0) + op.work.get(key + PER_CONTEXT, 0.0) * seen

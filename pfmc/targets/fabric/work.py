@@ -11,7 +11,9 @@ numbers sent to the next unit · ``control_ops`` integer or flag operations.
 
 Two keys are not per position: ``kv_held_values`` numbers one user keeps in the KV memory, and
 ``stored_values`` fixed numbers stored with the operation (embedding tables, norm weights);
-``linears`` says how many fixed linears share a requantised input, ``heads`` how many attend.
+``linears`` says how many fixed linears share a requantised input, ``heads`` how many attend,
+``window`` how many positions a local attention sees (`pfmc.targets.fabric.keys.at` keeps to it). A
+soft-capped attention looks every score up in a table.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pfmc.errors import InputError, InternalError
 from pfmc.hardware import FabricOp
 from pfmc.ir import vocabulary
 from pfmc.ir.probe import Growth, ShapeProbe, growth
-from pfmc.targets.fabric.keys import PER_CONTEXT
+from pfmc.targets.fabric.keys import PER_CONTEXT, WINDOW
 from pfmc.targets.fabric.operators import CONTROL, PER_INPUT, PER_OUTPUT, WIRING
 
 Shapes = Mapping[str, tuple[ShapeProbe, ...]]
@@ -177,7 +179,10 @@ class _Counter:
         each = growth(points)
         kv = float(kv_heads * (width + v_width))
         memory = Growth(0.0, kv) if all(held) else Growth(kv * self.length(node, 0))
+        capped = 1.0 if (cap := node.attributes.get("softcap")) is not None and cap.value else 0.0
+        window = float(node.metadata_props.get("pfmc.window", 0))
         return "attention", {
+            WINDOW: Growth(window), "table_reads": each.times(capped * heads),
             "macs8": each.times(heads * width), "macs16": each.times(heads * v_width),
             "exps": each.times(heads), "adds": each.times(2.0 * heads),
             "roots": Growth(float(heads)), "muls": Growth(float(heads * v_width)),

@@ -145,8 +145,8 @@ def array_area(layers: Sequence[LayerSummary], technology: Technology) -> Iterab
     """Area of ROM macros, lanes, joins and requantisers, term by term."""
     bits = _sum(layers, "rom_bits")
     yield Term(
-        "rom.array", technology["fabric.rom_cell"] / technology["fabric.rom_efficiency"] * bits,
-        f"{bits:,.6g} bits, padding included * fabric.rom_cell / fabric.rom_efficiency",
+        "rom.array", technology["fabric.rom_cell"] / technology["array.bank_efficiency"] * bits,
+        f"{bits:,.6g} bits, padding included * fabric.rom_cell / array.bank_efficiency",
     )  # fmt: skip
     placed = technology["fabric.utilisation"].inverse()
     for name, lanes in _by_width(layers, "lanes", technology["array.lane_area_floor"]):

@@ -20,6 +20,7 @@ KEYS: Final[dict[str, str]] = {
     "array.lane_energy_floor": "1",
     "array.lane_area_floor": "1",
     "array.io_fraction": "1",
+    "array.bank_efficiency": "1",
     "masks.weight": "mask",
     "masks.units": "mask",
 }
