@@ -138,7 +138,8 @@ def _stsb(section: Row) -> str:
         f"{_command(section)}\n\n{rows[0]['pairs']} test pairs, drawn by seed 0 from the part of "
         "the test set that is free to use (MSRpar and MSRvid are left out, so figures do not "
         "compare with those of the whole set); mean pooling and cosine; calibrated on 128 "
-        "sentences of the training file. Cosine is to the float model's embedding of the same sentence. Spearman's rho alone is a poor judge: it "
+        "sentences of the training file. Cosine is to the float model's embedding of the same "
+        "sentence. Spearman's rho alone is a poor judge: it "
         "hardly moves while embeddings already turn.\n\n" + _table(head, body) + "\n"
     )
 

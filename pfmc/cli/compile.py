@@ -50,7 +50,7 @@ def compile_(
     Parameters
     ----------
     model
-        The ONNX file.
+        The ONNX file, or the folder of a Hugging Face checkpoint.
     target
         A technology of the shelf targets/ (`pfmc targets` lists them), or a TOML file.
     out

@@ -41,7 +41,7 @@ def verify_(
     path
         The artifact.
     model
-        The ONNX file it was compiled from; remembered by the artifact if it has not moved.
+        The ONNX file or checkpoint it was compiled from; remembered by the artifact if it has not moved.
     level
         How far to go.
     text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +71,26 @@ def batches(
     size = next((d for d in (_dims(v)[0] for v in values if _dims(v)) if isinstance(d, int)), 0)
     step = size or min(BATCH, count)
     fixed = next((d for v in values if is_ids(v) for d in _dims(v)[1:] if isinstance(d, int)), 0)
+    shared = _shared(values)
     for start in range(0, count, step):
         rows = np.arange(start, start + step)
         real = np.where(rows % 4 == 3, (fixed or length) * 3 // 4, fixed or length)
         part = None if ids is None else ids[rows % len(ids)][:, : fixed or length]
         yield {
-            str(v.name): _feed(v, rng, step, fixed or length, real, part, vocabulary_of(v))
+            str(v.name): _feed(v, rng, step, fixed or length, real, part, vocabulary_of(v), shared)
             for v in values
         }
 
 
 def _feed(
     value: ir.Value, rng: np.random.Generator, rows: int, length: int, real: Array,
-    ids: Array | None, vocabulary: int,
+    ids: Array | None, vocabulary: int, shared: frozenset[str],
 ) -> Array:  # fmt: skip
     name, kind = str(value.name).lower(), value.dtype or ir.DataType.FLOAT
-    shape = tuple(_size(v, axis, value, rows, length) for axis, v in enumerate(_dims(value)))
+    shape = tuple(
+        length if axis and v in shared else _size(v, axis, value, rows, length)
+        for axis, v in enumerate(_dims(value))
+    )
     if "mask" in name:
         seen = np.arange(shape[-1]) < real[:, None]
         return np.broadcast_to(seen.reshape(rows, *([1] * (len(shape) - 2)), -1), shape).astype(
@@ -100,6 +104,15 @@ def _feed(
     if kind.is_floating_point() and 0 not in shape:
         return rng.standard_normal(shape, dtype=np.float32).astype(kind.numpy())
     return np.zeros(shape, kind.numpy())
+
+
+def _shared(values: Sequence[ir.Value]) -> frozenset[str]:
+    """Names that a KV memory shares with another input: the memory of a cross-attention."""
+    past, others = set[str](), set[str]()
+    for value in values:
+        names = {d for d in _dims(value)[1:] if isinstance(d, str)}
+        (past if "past" in str(value.name) else others).update(names)
+    return frozenset(past & others)
 
 
 def _dims(value: ir.Value) -> list[int | str | None]:

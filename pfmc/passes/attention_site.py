@@ -74,7 +74,7 @@ def read(softmax: ir.Node, known: Shapes) -> Site:
     v = product.inputs[1]
     if q is None or kt is None or v is None:
         raise RefusedError("a product without operands")
-    heads = _heads(known, q, kt, v)
+    heads = _heads(known, q, kt, v)  # of keys and values: one head may serve all queries
     k, perm = _root_of_keys(kt, heads, known)
     value = _root(v, lambda a: a, heads, known)
     if value is None:
@@ -186,10 +186,14 @@ def _read_output(softmax: ir.Node, sunk: bool) -> tuple[ir.Node, tuple[ir.Node, 
         elif len(nodes) == 1 and sunk and _drops_last(nodes[0]):
             passed.append(nodes[0])
             value, sunk = nodes[0].outputs[0], False
-        elif len(nodes) == 1 and not sunk and nodes[0].op_type == "MatMul" and nodes[0].inputs[0] is value:
+        elif len(nodes) == 1 and not sunk and _multiplies(nodes[0], value):
             return nodes[0], tuple(passed)
         else:
             raise RefusedError("the attention weights are not multiplied with values alone")
+
+
+def _multiplies(node: ir.Node, value: ir.Value) -> bool:
+    return node.op_type == "MatMul" and node.inputs[0] is value
 
 
 def _guard(value: ir.Value, nodes: list[ir.Node]) -> ir.Node | None:
@@ -228,14 +232,16 @@ def _dim(known: Shapes, value: ir.Value, axis: int) -> shapes.Dim | None:
 
 
 def _heads(known: Shapes, q: ir.Value, kt: ir.Value, v: ir.Value) -> int:
-    """The number of query heads; all three must be of four known dimensions."""
+    """The heads of keys and values, those of the queries or one that is broadcast."""
     found = [known.shape(x) for x in (q, kt, v)]
     if any(d is None or len(d) != 4 for d in found):
         raise RefusedError("queries, keys or values are not of four known dimensions")
-    heads = [d[1] for d in found if d is not None]
-    if not isinstance(heads[0], int) or any(h != heads[0] for h in heads):
-        raise RefusedError(f"head counts {[str(h) for h in heads]} are not one known number")
-    return heads[0]
+    queries, keys, values = (d[1] for d in found if d is not None)
+    fits = isinstance(queries, int) and keys == values and keys in (1, queries)
+    if not fits or not isinstance(keys, int):
+        shown = [str(h) for h in (queries, keys, values)]
+        raise RefusedError(f"head counts {shown} are not one known number")
+    return keys
 
 
 def _between(value: ir.Value | None, root: ir.Value) -> tuple[ir.Node, ...]:

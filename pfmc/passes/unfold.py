@@ -47,7 +47,9 @@ class Unfolded(Rule):
 
     def check(self, found: Match) -> str:
         """Checks that the kernel is constant and the padding is spelt out."""
-        return "both factors are constant" if matcher.is_constant(found["x"]) else reason(found.root)
+        if matcher.is_constant(found["x"]):
+            return "both factors are constant"
+        return reason(found.root)
 
     def rewrite(self, graph: ir.Graph, found: Match) -> None:
         """Pads, gathers windows, applies the linears, and puts the channels first again."""
@@ -123,7 +125,8 @@ class _Windows:
         whole = self.add("Squeeze", self.add("Shape", x, start=place, end=place + 1))
         end = self.add("Sub", whole, self.constant(reach - 1))
         starts = self.add("Range", self.constant(0), end, self.constant(step))
-        return self.add("Add", self.add("Unsqueeze", starts, self.constant([1])), self.constant(seen))
+        column = self.add("Unsqueeze", starts, self.constant([1]))
+        return self.add("Add", column, self.constant(seen))
 
     def products(self, x: ir.Value) -> ir.Value:
         """The linears of all groups, joined along the last axis."""

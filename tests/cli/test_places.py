@@ -187,6 +187,19 @@ def test_a_disk_that_is_really_full(tiny: Path, tmp_path: Path) -> None:
     assert checked.startswith(f"{tmp_path}/out.pfm: ")
 
 
+def test_what_a_kill_after_the_manifest_leaves_is_swept(
+    here: Callable[..., Any], tiny: Path, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.pfm"
+    shutil.copytree(artifacts["rom"], out)
+    (out / STAGE / "done").mkdir(parents=True)
+    (out / STAGE / "done" / "layer_x.json").write_text("{}")
+    assert here("check", out).code == 0
+    assert here("compile", tiny, *QUICK, "-o", out).code == 0
+    assert not (out / STAGE).exists()
+    assert not artifact.problems(out)
+
+
 HARMS = {
     "flipped": "layers.json was changed",
     "missing": "layers.json is missing",

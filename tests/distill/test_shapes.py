@@ -120,7 +120,8 @@ def test_an_input_named_like_the_memory_is_as_long() -> None:
 def test_a_sound_is_long_enough_for_its_kernels() -> None:
     model = _with_inputs(
         """(float[B,samples] x) => (float[B,1,n] y) <float[1,1,4] w = {1,1,1,1}> {
-            a = Constant<value_ints=[1]>() u = Unsqueeze(x, a) y = Conv<strides=[40], dilations=[30]>(u, w)
+            a = Constant<value_ints=[1]>() u = Unsqueeze(x, a)
+            y = Conv<strides=[40], dilations=[30]>(u, w)
         }"""
     )
     first, second = probe_shapes(model)["y"]

@@ -321,3 +321,15 @@ def test_sink(lab: Any, floats: Floats, mask: str, centred: bool) -> None:
     (node,) = [n for n in model.graph if n.op_type == "Attention"]
     assert node.metadata_props["pfmc.sink"] == "1"
     assert "Softmax" not in lab.counts(model)
+
+
+def test_one_head_of_keys_for_all_queries(lab: Any, floats: Floats) -> None:
+    """Falcon: multi-query attention by broadcasting, without repeating."""
+    body = f"{KT} p0 = MatMul(q, kt) p = Mul(p0, scale) w = Softmax<axis=-1>(p) y = MatMul(w, v)"
+    inputs = "float[B,4,S,8] q, float[B,1,S,8] k, float[B,1,S,8] v"
+    model = _model(lab, body, inputs=inputs)
+    lab.same(
+        model, PASSES, {"q": floats(2, 4, 5, 8), "k": floats(2, 1, 5, 8), "v": floats(2, 1, 5, 8)}
+    )
+    (node,) = [n for n in model.graph if n.op_type == "Attention"]
+    assert [v.name for v in node.inputs] == ["q", "k", "v"]

@@ -176,7 +176,7 @@ class Graph:
         if stored.dtype not in FLOATS:
             self._problems.append(f"{known} is {stored.dtype}, not one of {', '.join(FLOATS)}")
             return _nothing(shape, turned)
-        return _tensor_of(stored, turned, plus)
+        return tensor_of(stored, turned=turned, plus=plus)
 
     # -- nodes --------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Graph:
         **attributes: float | int | str | Sequence[int],
     ) -> Sequence[ir.Value]:
         """Appends a node with one output for each of `shapes`."""
-        stem = self._unique(name or f"{at}/{op_type}")
+        stem = self._unique(name or (f"{at}/{op_type}" if at else op_type))
         node = ir.node(
             op_type, inputs, attributes, domain=domain, num_outputs=len(shapes), name=stem
         )
@@ -287,7 +287,8 @@ class Graph:
         return model
 
 
-def _tensor_of(stored: Stored, turned: bool, plus: float) -> ir.TensorProtocol:
+def tensor_of(stored: Stored, *, turned: bool = False, plus: float = 0.0) -> ir.TensorProtocol:
+    """A stored matrix or vector as float32, read when asked for: as it is, or its transpose."""
     view = stored.view()
     if view.dtype == np.float32 and not plus and not turned:
         return ir.Tensor(view)
