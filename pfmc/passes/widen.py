@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from pfmc.ir import vocabulary
@@ -19,8 +21,9 @@ class Widen(Pass):
     """float16 and bfloat16 values -> float32, so that one arithmetic runs everywhere.
 
     Weights keep their stored numbers exactly; only the arithmetic between them gains bits. Graph
-    inputs and outputs become float32 too. Casts between float types that thereby do nothing are
-    left to `fold`.
+    inputs and outputs become float32 too. A lone number that is the lowest of its half-precision
+    type, which exporters write for "hidden" into masks, becomes the lowest of float32. Casts
+    between float types that thereby do nothing are left to `fold`.
     """
 
     name: ClassVar[str] = "widen"
@@ -47,10 +50,17 @@ def _widen_weight(value: ir.Value) -> int:
 
 def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+        return ir.tensor(_float32(tensor.numpy()), name=tensor.name)
 
     shape = ir.Shape([int(d) for d in tensor.shape.numpy()])
     return ir.LazyTensor(read, ir.DataType.FLOAT, shape, name=tensor.name)
+
+
+def _float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    lowest = ml_dtypes.finfo(array.dtype).min
+    if array.size == 1 and array.reshape(()) == lowest:
+        return np.full(array.shape, np.finfo(np.float32).min, np.float32)
+    return array.astype(np.float32)
 
 
 def _widen_attributes(node: ir.Node) -> int:
@@ -62,7 +72,7 @@ def _widen_attributes(node: ir.Node) -> int:
                 changed += 1
         elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in _HALVES:
             node.attributes[key] = ir.AttrTensor(
-                key, ir.tensor(attribute.value.numpy().astype(np.float32))
+                key, ir.tensor(_float32(attribute.value.numpy()))
             )
             changed += 1
     return changed
