@@ -41,7 +41,7 @@ def verify_(
     path
         The artifact.
     model
-        The ONNX file or checkpoint it was compiled from; remembered by the artifact if it has not moved.
+        The ONNX file or checkpoint it was compiled from; remembered while it does not move.
     level
         How far to go.
     text

@@ -10,9 +10,55 @@ import onnx_ir as ir
 from pfmc.ir import matcher, vocabulary
 from pfmc.ir.matcher import Constant, Match, Op, Var
 from pfmc.passes.rules import Rule
-from pfmc.passes.weights import bias_vector, kind_of, linear, shape_of, slices, transposed, zeros
+from pfmc.passes.weights import (
+    bias_vector,
+    derived,
+    kind_of,
+    linear,
+    shape_of,
+    slices,
+    transposed,
+    zeros,
+)
 
 _MOST = 4096
+
+
+class StackOnTheLeft(Rule):
+    """Product with a constant stack on the left, such as the learnt queries of a pooling head.
+
+    ``MatMul(W[n, out, in], x[..., in, S])`` -> ``Transpose(MatMul(Transpose(x), Wᵀ))``
+    """
+
+    patterns = (Op("MatMul", (Constant("weight"), Var("x"))),)
+
+    def check(self, found: Match) -> str:
+        """Checks that W is a stack and the rank of x known."""
+        shape, rank = shape_of(found["weight"]), matcher.rank(found["x"])
+        on_the_left = matcher.see_through(found.root.inputs[0]) is found["weight"]
+        if len(shape) != 3 or not on_the_left or matcher.is_constant(found["x"]):
+            return "no product with a stack of matrices on the left"
+        return "" if rank is not None and rank >= 2 else "a product of unknown rank"
+
+    def rewrite(self, graph: ir.Graph, found: Match) -> None:
+        """Turns both factors and the product."""
+        count, rows, columns = shape_of(found["weight"])
+        turned = derived(
+            graph, found["weight"], (count, columns, rows), lambda a: a.transpose(0, 2, 1)
+        )
+        rank = matcher.rank(found["x"]) or 3
+        made = _Nodes(graph, found)
+        x = made.add("Transpose", found["x"], perm=_last_two(rank))
+        lengths = found["x"].shape
+        if lengths is not None:
+            made.nodes[-1].outputs[0].shape = ir.Shape([lengths[i] for i in _last_two(rank)])
+        product = made.add("MatMul", x, turned)
+        made.add("Transpose", product, perm=_last_two(max(rank, 3)))
+        matcher.replace(found, made.nodes)
+
+
+def _last_two(rank: int) -> tuple[int, ...]:
+    return (*range(rank - 2), rank - 1, rank - 2)
 
 
 class StackedProduct(Rule):

@@ -12,7 +12,7 @@ from pfmc.ir import check, matcher, provenance, vocabulary
 from pfmc.ir.matcher import Constant, Match, Op, Var
 from pfmc.passes import patches, unfold
 from pfmc.passes.base import Context, Declined, Pass, PassResult
-from pfmc.passes.experts import GatheredExperts, StackedProduct
+from pfmc.passes.experts import GatheredExperts, StackedProduct, StackOnTheLeft
 from pfmc.passes.rules import Rule, apply_rules, where
 from pfmc.passes.weights import (
     KEY_PERM,
@@ -220,7 +220,8 @@ class Linears(Pass):
         """Applies the rules of this file and of `patches`, then names every fixed linear."""
         graph = model.graph
         outer, _, products = apply_rules(graph, (OuterProduct(),), self.name)
-        stacks, _, stacked = apply_rules(graph, (StackedProduct(), GatheredExperts()), self.name)
+        of_stacks = (StackOnTheLeft(), StackedProduct(), GatheredExperts())
+        stacks, _, stacked = apply_rules(graph, of_stacks, self.name)
         rules = (MatMulRight(), MatMulLeft(), Gemm())
         changed, declined, counts = apply_rules(graph, rules, self.name)
         convolutions = (patches.PatchEmbedding(), patches.Patches(), unfold.Unfolded())

@@ -86,7 +86,7 @@ def _feeds(model: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     return feeds, mask != 0
 
 
-@pytest.mark.parametrize("name", ["mistral", "phi3", "gemma2", "gpt2", "bert_words", "vit"])
+@pytest.mark.parametrize("name", ["mistral", "phi3", "gemma2", "gpt2", "opt", "bert_words", "vit"])
 def test_the_canonical_graph_computes_the_same(name: str, tmp_path: Path) -> None:
     case = {**C.DECODERS, **C.ENCODERS}[name]
     model = C.make(case, tmp_path)
@@ -94,7 +94,25 @@ def test_the_canonical_graph_computes_the_same(name: str, tmp_path: Path) -> Non
     feeds, shown = ({"input_ids": IDS}, None) if name in C.DECODERS else _feeds(loaded.model)
     done = pipeline.canonicalise(loaded.model, PLAIN).model
     _near(C.Runner(done)(feeds), C.truth(model, feeds), shown)
-    assert all(n.metadata_props[KEY_VALUE] for n in vocabulary.fixed_linears(done))
+    _told_by_transformers(done, tmp_path, feeds, shown)
+
+
+def _told_by_transformers(done: Any, folder: Path, feeds: Any, shown: Any) -> None:
+    """Every fixed linear's value is the output of the module that `pfmc.value` names."""
+    nodes = vocabulary.fixed_linears(done)
+    observed = [n.metadata_props[KEY_VALUE] for n in nodes]
+    with Reference(folder, observe=observed) as reference:
+        truth = reference.run(feeds)
+    known = {v.name for v in done.graph.outputs}
+    extra = [n.outputs[0] for n in nodes if n.outputs[0].name not in known]
+    done.graph.outputs.extend(extra)
+    ours = C.Runner(done)(feeds)
+    assert len(extra) > 5
+    for node in nodes:
+        a, b = ours[node.outputs[0].name], truth[node.metadata_props[KEY_VALUE]]
+        if shown is not None and a.ndim == 3:
+            a, b = a[shown], b.reshape(a.shape)[shown]
+        np.testing.assert_allclose(a, b.reshape(a.shape), atol=1e-5, rtol=0, err_msg=node.name)
 
 
 @pytest.mark.parametrize("name", ["llama_bias_tied", "gpt2", "gpt_neox", "opt_350m", "gemma3"])
@@ -174,6 +192,13 @@ def _edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_the_first_gemmas_say_gelu_and_mean_its_tanh_form(tmp_path: Path) -> None:
+    model = C.make(C.DECODERS["gemma"], tmp_path)
+    _edit(tmp_path, hidden_act="gelu", hidden_activation=None)
+    found = C.Runner(load(tmp_path).model)({"input_ids": IDS})
+    _near(found, C.truth(model, {"input_ids": IDS}))
+
+
 @pytest.mark.parametrize("old", [
     {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
     {"rope_theta": 5e5, "rope_scaling": None},
@@ -216,3 +241,15 @@ def test_a_published_sentence_encoder_is_read() -> None:
     with Reference(folder) as reference:
         truth = reference.run(feeds)
     _near(C.Runner(loaded.model)(feeds), truth, shown)
+
+
+def test_the_benchmark_writes_a_checkpoint_that_is_read(tmp_path: Path) -> None:
+    from benchmarks.bench_checkpoint import SHARDS, generate
+    from benchmarks.synthetic import Shape
+
+    shape = Shape(layers=2, hidden=64, heads=4, ffn=96, vocabulary=128)
+    generate(tmp_path, shape)
+    loaded = load(tmp_path)
+    assert len(vocabulary.fixed_linears(loaded.model)) == 2 * 7 + 1
+    assert len(loaded.files) == 2 + SHARDS
+    assert loaded.precision.name == "BFLOAT16"

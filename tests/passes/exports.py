@@ -13,6 +13,10 @@ _TEXT = {
     "num_attention_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
 _GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "use_cache": False, "pad_token_id": 0}
+_PLAIN = {**_TEXT, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+_SHORT = {
+    "vocab_size": 64, "hidden_size": 32, "use_cache": False, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
 _GEMMA = {
     **_GROUPED, "query_pre_attn_scalar": 8, "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -38,6 +42,43 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
             "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
             "type_vocab_size": 0,
         }, "text",
+    ),
+    "gptj": (
+        "GPTJConfig", "GPTJForCausalLM",
+        {
+            "vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+            "rotary_dim": 4, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0,
+        }, "text",
+    ),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {**_PLAIN, "num_key_value_heads": 2}, "text"),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _PLAIN, "text"),
+    "stablelm": (
+        "StableLmConfig", "StableLmForCausalLM", {**_PLAIN, "num_key_value_heads": 4}, "text",
+    ),
+    "falcon": (
+        "FalconConfig", "FalconForCausalLM",
+        {**_SHORT, "num_hidden_layers": 2, "num_attention_heads": 4}, "text",
+    ),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {**_SHORT, "n_layer": 2, "n_head": 4}, "text"),
+    "albert": ("AlbertConfig", "AlbertModel", {**_TEXT, "embedding_size": 16}, "text"),
+    "siglip": (
+        "SiglipVisionConfig", "SiglipVisionModel",
+        {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
+        }, "image28",
+    ),
+    "convnext": (
+        "ConvNextConfig", "ConvNextModel",
+        {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "image_size": 32}, "image32",
+    ),
+    "segformer": (
+        "SegformerConfig", "SegformerModel",
+        {
+            "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1],
+            "hidden_sizes": [16, 32], "patch_sizes": [7, 3], "strides": [4, 2],
+            "num_attention_heads": [1, 2], "mlp_ratios": [2, 2],
+        }, "image32",
     ),
     "dinov2": (
         "Dinov2Config", "Dinov2Model",

@@ -27,6 +27,16 @@ def test_a_stack_of_matrices(lab: Any, floats: Any, shape: tuple[int, ...]) -> N
     assert len(vocabulary.fixed_linears(model)) == 3
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 5), (6, 5), (2, 3, 6, 5)])
+def test_a_stack_on_the_left(lab: Any, floats: Any, shape: tuple[int, ...]) -> None:
+    """SigLIP's pooling head: the queries are weights."""
+    dims, outs = ",".join(map(str, shape)), ",".join("ABCD"[: max(3, len(shape))])
+    text = f"(float[{dims}] x) => (float[{outs}] y) {{ y = MatMul(w, x) }}"
+    model = lab.make(text, w=floats(3, 4, 6))
+    assert lab.same(model, [Linears()], {"x": floats(*shape)}) == []
+    assert len(vocabulary.fixed_linears(model)) == 3
+
+
 FORMS = {
     "left": (
         "u = Unsqueeze(x, two) m = MatMul(g, u) s = Squeeze(m, two)", (4, 7, 6),

@@ -207,20 +207,19 @@ def _gemma(c: Config, ropes: Config, width: int) -> Plan:
     """What the Gemmas share: scaled embedding, tied head, norms that store their scale less one."""
     c.demand("use_bidirectional_attention", None, False)
     plan = replace(_base(ropes, width=width, tied=True), scale_plus=1.0)
-    kind = blocks.activation(c, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+    first = c.body.get("model_type") == "gemma"
+    key = "hidden_act" if first else "hidden_activation"
+    kind = blocks.activation(c, key, default="gelu_pytorch_tanh")
+    if first and kind == "gelu":  # what the first files say and do not mean
+        kind = "gelu_pytorch_tanh"
     bias = c.flag("attention_bias", False)
     return replace(
         plan,
-        activation="gelu_pytorch_tanh" if kind == "gelu" and _first_gemma(c) else kind,
+        activation=kind,
         embedding_scale=math.sqrt(plan.hidden),
         qkv_bias=bias,
         out_bias=bias,
     )
-
-
-def _first_gemma(c: Config) -> bool:
-    """The first Gemma files say ``gelu`` but were trained with its tanh form."""
-    return c.body.get("model_type") == "gemma" and c.body.get("hidden_activation") is None
 
 
 def _cap(c: Config, key: str, missing: float) -> float:

@@ -51,7 +51,10 @@ def _patches(g: Graph, c: Config, wide: int) -> tuple[ir.Value, Frame]:
     )  # fmt: skip
     flat = g.integers(0, wide, side * side)
     x = g.op("Reshape", [x, flat], (BATCH, wide, side * side), at)
-    x = g.op("Transpose", [x], (BATCH, side * side, wide), at, perm=(0, 2, 1))
+    x = g.op(
+        "Transpose", [x], (BATCH, side * side, wide), at, name=f"{at}.patch_embeddings",
+        perm=(0, 2, 1),
+    )  # fmt: skip
     wanted = g.op(
         "Concat", [frame.size(image, 0), g.integers(1), g.integers(1)], (3,), at,
         kind=blocks.INT, axis=0,
