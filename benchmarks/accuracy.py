@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pfmc import ingest, simulate
+from pfmc.against_source import feeds_of, token_scores
 from pfmc.compile import Compilation, compile_model
 from pfmc.distill import calibrate, drive, measure
 from pfmc.distill.generate import Decoder
@@ -39,7 +40,7 @@ from pfmc.distill.text import load_tokenizer, self_generated, windows_of_file
 from pfmc.errors import PfmcError
 from pfmc.oracle import Oracle
 from pfmc.targets.base import Die
-from pfmc.verify import feeds_of, token_scores, verify
+from pfmc.verify import verify
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]

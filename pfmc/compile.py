@@ -183,7 +183,7 @@ class _Job:
 
     @property
     def context(self) -> int:
-        """Positions the cost report assumes: the user's, else the recipe's if the model holds it."""
+        """Positions the cost report assumes: the user's, else the recipe's if they fit."""
         if self.options.context is not None:
             return self.options.context
         return min(self.plan.workload.context, _longest(self.loaded.path.parent))

@@ -157,7 +157,9 @@ def _read(path: Path, seen: frozenset[str]) -> Technology:
 def _names(file: str, uses: object) -> list[str]:
     if isinstance(uses, list) and all(isinstance(name, str) for name in uses):
         return uses
-    raise UsageError(f"uses = {uses!r} is no list of names", where=file, mend='uses = ["fabric_n7"]')
+    raise UsageError(
+        f"uses = {uses!r} is no list of names", where=file, mend='uses = ["fabric_n7"]'
+    )
 
 
 def _collect(

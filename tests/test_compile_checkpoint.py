@@ -58,9 +58,9 @@ def test_layers_and_perplexity_agree_with_transformers(machine: Path) -> None:
 def test_other_weights_are_told_from_the_right_ones(
     machine: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
+    from pfmc.against_source import find_source
     from pfmc.errors import UsageError
     from pfmc.simulate import open_machine
-    from pfmc.verify import find_source
 
     opened = open_machine(machine)
     assert find_source(opened, checkpoint) == checkpoint / "config.json"

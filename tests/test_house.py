@@ -16,25 +16,39 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ROOT / "pfmc"
 
 FLOORS = [
-    {"errors", "quantity", "library", "__init__"},
     {
-        "ir", "netlist", "hardware", "technology", "noise", "noise_laws", "rounding", "compensation", "compensation", "cost",
-        "artifact",
+        "__init__", "errors", "library", "quantity",
     },
-    {"ingest", "targets", "distill", "report"},
-    {"passes"},
-    {"oracle", "store", "lowered", "simulate", "verify", "compile", "inspect_model", "lint", "reduce"},
-    {"compare", "explore"},
-    {"cli", "__main__"},
+    {
+        "artifact", "compensation", "cost", "hardware", "ir", "netlist", "noise", "noise_laws",
+        "rounding", "technology",
+    },
+    {
+        "distill", "ingest", "report", "targets",
+    },
+    {
+        "passes",
+    },
+    {
+        "against_source", "compile", "inspect_model", "lint", "lowered", "oracle", "reduce",
+        "simulate", "store", "verification", "verify",
+    },
+    {
+        "compare", "explore",
+    },
+    {
+        "__main__", "cli",
+    },
 ]
 ONLY_IN = {
     "onnx": {"ingest"},
     "onnxruntime": {"oracle"},
     "onnx_ir": {
         "ingest", "ir", "passes", "distill", "targets", "lowered", "compile", "simulate", "verify",
+        "against_source",
         "inspect_model", "lint",
     },
-    "torch": {"distill", "targets", "simulate", "verify"},
+    "torch": {"distill", "targets", "simulate", "against_source"},
 }
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "scipy", "pyarrow")
 

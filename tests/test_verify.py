@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from pfmc import artifact, simulate, verify
+from pfmc import against_source, artifact, simulate, verification, verify
 from pfmc.artifact import MANIFEST, FileEntry, canonical_json
 from pfmc.compile import compile_model
 from pfmc.errors import UsageError
@@ -149,8 +149,8 @@ def test_the_source_is_found_when_named_and_proved_by_its_digest(
     assert here("verify", moved, *short, "-q", "--model", tiny).code in (0, 4)
     machine = simulate.open_machine(moved, Die(None, 0.0, False))
     with pytest.raises(UsageError, match="not where it was"):
-        verify.find_source(machine, tmp_path / "absent.onnx")
-    assert verify.find_source(machine, tiny) == tiny
+        against_source.find_source(machine, tmp_path / "absent.onnx")
+    assert against_source.find_source(machine, tiny) == tiny
 
 
 # -- small models of every kind --------------------------------------------------------------------
@@ -191,7 +191,8 @@ def test_a_decode_graph_is_stepped_as_its_prefill_graph_reads() -> None:
     for path in paths:
         lead = drive.detect(ingest.load(path).model)
         with Oracle(path) as oracle:
-            scores.append(verify.token_scores(oracle, lead, verify.feeds_of(lead, ids)))
+            feeds = against_source.feeds_of(lead, ids)
+            scores.append(against_source.token_scores(oracle, lead, feeds))
     np.testing.assert_allclose(scores[0], scores[1], atol=2e-5)
 
 
@@ -219,11 +220,11 @@ def test_cosine_is_scipys(seed: int, rows: int, width: int) -> None:
     from scipy.spatial.distance import cosine as distance
 
     a, b = np.random.default_rng(seed).standard_normal((2, rows, width))
-    ours = verify.cosine(a, b)
+    ours = against_source.cosine(a, b)
     np.testing.assert_allclose(
         ours, [1 - distance(x, y) for x, y in zip(a, b, strict=True)], atol=1e-12
     )
-    np.testing.assert_allclose(verify.cosine(a, -3 * a), -1, atol=1e-12)
+    np.testing.assert_allclose(against_source.cosine(a, -3 * a), -1, atol=1e-12)
 
 
 def test_rank_correlation_is_spearmans_formula() -> None:
@@ -237,15 +238,16 @@ def test_rank_correlation_is_spearmans_formula() -> None:
     i, j = np.triu_indices(4, 1)
     ranks = [np.argsort(np.argsort(-np.abs(at[i] - at[j]))) for at in (angles, moved)]
     wanted = 1 - 6 * float(((ranks[0] - ranks[1]) ** 2).sum()) / (6 * (36 - 1))
-    assert verify.rank_correlation(vectors(angles), 7 * vectors(moved)) == pytest.approx(wanted)
-    assert verify.rank_correlation(vectors(angles), vectors(angles)) == pytest.approx(1.0)
+    rho = against_source.rank_correlation
+    assert rho(vectors(angles), 7 * vectors(moved)) == pytest.approx(wanted)
+    assert rho(vectors(angles), vectors(angles)) == pytest.approx(1.0)
 
 
 def test_a_row_passes_by_its_relation_and_nan_never_does() -> None:
-    assert verify.Row("a", 1.0).passed is None
-    assert verify.Row("a", 1.0, 1.0).passed is True
-    assert verify.Row("a", 1.1, 1.0).passed is False
-    assert verify.Row("a", 0.9, 1.0, ">=").passed is False
-    assert verify.Row("a", float("nan"), 1.0).passed is False
-    assert verify.Row("a", float("nan"), 1.0, ">=").passed is False
-    assert not verify.Verification("t", (verify.Row("a", 2.0, 1.0),)).passed
+    assert verification.Row("a", 1.0).passed is None
+    assert verification.Row("a", 1.0, 1.0).passed is True
+    assert verification.Row("a", 1.1, 1.0).passed is False
+    assert verification.Row("a", 0.9, 1.0, ">=").passed is False
+    assert verification.Row("a", float("nan"), 1.0).passed is False
+    assert verification.Row("a", float("nan"), 1.0, ">=").passed is False
+    assert not verification.Verification("t", (verification.Row("a", 2.0, 1.0),)).passed

@@ -11,7 +11,7 @@ from pfmc.errors import VerificationError
 from pfmc.report.table import Table
 
 if TYPE_CHECKING:
-    from pfmc.verify import Row
+    from pfmc.verification import Row
 
 
 def verify_(

@@ -15,7 +15,6 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from pfmc.errors import InputError
 from pfmc.ingest import dialects, magic, shapes, tidy
-from pfmc.ingest.checkpoint import is_checkpoint, load_checkpoint
 from pfmc.ingest.external import ExternalData
 from pfmc.ingest.files import SourceFile, find, open_mapped
 from pfmc.ingest.guard import Guard
@@ -40,8 +39,11 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
         InputError: the file is damaged, hostile or uses something that cannot be compiled.
         FileError: the system refused to read it.
     """
-    if is_checkpoint(Path(path)):
-        return load_checkpoint(path, trust_root=trust_root)
+    if Path(path).is_dir() or Path(path).name == "config.json":
+        from pfmc.ingest.checkpoint import is_checkpoint, load_checkpoint
+
+        if is_checkpoint(Path(path)):
+            return load_checkpoint(path, trust_root=trust_root)
     with _no_collection():
         file = open_mapped(find(path), follow=True)
         proto = parse(file)

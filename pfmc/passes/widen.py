@@ -57,7 +57,7 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
 
 
 def _float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    lowest = ml_dtypes.finfo(array.dtype).min
+    lowest = ml_dtypes.finfo(array.dtype).min  # type: ignore[no-untyped-call]
     if array.size == 1 and array.reshape(()) == lowest:
         return np.full(array.shape, np.finfo(np.float32).min, np.float32)
     return array.astype(np.float32)

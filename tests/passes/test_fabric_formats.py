@@ -1,4 +1,4 @@
-"""The fabric's widths in the graph: what is stored as integers is integers, against a closed form."""
+"""The fabric's widths in the graph: what is stored as integers is integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`widen` against ONNX Runtime: a float16 file and its float32 graph agree to float16's precision."""
+"""`widen` against ONNX Runtime: a float16 file and its float32 graph agree."""
 
 from __future__ import annotations
 
