@@ -219,4 +219,4 @@ def _factor(damped: Doubles, order: npt.NDArray[np.intp]) -> Doubles | None:
         lower = np.linalg.cholesky(np.linalg.inv(ordered))
     except np.linalg.LinAlgError:
         return None
-    return np.ascontiguousarray(lower.T)
+    return np.ascontiguousarray(lower.T, np.float64)

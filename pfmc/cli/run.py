@@ -182,7 +182,7 @@ def _feed(machine: Machine, path: Path, out: Path | None, json: bool) -> int:
         with out.open("wb") as f:  # a path would be given the suffix .npz
             np.savez(f, **results)  # type: ignore[arg-type]
     shown = {
-        name: {"shape": list(a.shape), "mean": float(a.mean()), "rms": float((a**2).mean() ** 0.5)}
+        name: {"shape": list(a.shape), "mean": float(a.mean()), "rms": float(np.square(a).mean() ** 0.5)}
         for name, a in results.items()
         if a.dtype.kind == "f"
     }

@@ -64,7 +64,7 @@ class Table:
                 drawn.add_row(*map(Text, row))
             else:
                 drawn.add_row(*self._blank(), "")
-                drawn.add_row(Text(row[0], "bold"), *self._blank())
+                drawn.add_row(Text("".join(row), "bold"), *self._blank())
         with console.capture() as captured:  # by ourselves: rich exits with 1 at a closed pipe
             if self.title:
                 console.print(Text(self.title, "italic"))
