@@ -181,11 +181,7 @@ def _feed(machine: Machine, path: Path, out: Path | None, json: bool) -> int:
     if out is not None:
         with out.open("wb") as f:  # a path would be given the suffix .npz
             np.savez(f, **results)  # type: ignore[arg-type]
-    shown = {
-        name: {"shape": list(a.shape), "mean": float(a.mean()), "rms": float(np.square(a).mean() ** 0.5)}
-        for name, a in results.items()
-        if a.dtype.kind == "f"
-    }
+    shown = {name: _facts(a) for name, a in results.items() if a.dtype.kind == "f"}
     if json:
         print_json({"schema_version": 1, "outputs": shown})
     else:
@@ -193,6 +189,12 @@ def _feed(machine: Machine, path: Path, out: Path | None, json: bool) -> int:
             mean, rms = facts["mean"], facts["rms"]
             print(f"{name}: shape {facts['shape']}, mean {mean:.4g}, rms {rms:.4g}")
     return 0
+
+
+def _facts(array: Any) -> dict[str, Any]:
+    """Shape, mean and root mean square of an output."""
+    rms = float((array**2).mean() ** 0.5)
+    return {"shape": list(array.shape), "mean": float(array.mean()), "rms": rms}
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
