@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
         InputError: the file is damaged, hostile or uses something that cannot be compiled.
         FileError: the system refused to read it.
     """
-    if Path(path).is_dir() or Path(path).name == "config.json":
+    if os.path.isdir(path) or Path(path).name == "config.json":
         from pfmc.ingest.checkpoint import is_checkpoint, load_checkpoint
 
         if is_checkpoint(Path(path)):
