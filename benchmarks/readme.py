@@ -64,12 +64,13 @@ def measured(folder: Path) -> dict[str, str]:
 
 
 def speed() -> str:
-    """The table of all benchmarks."""
+    """The table of all benchmarks; a missed goal stands in it and is no error here."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--markdown"], cwd=ROOT, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    return done.stdout
+        [sys.executable, "-m", "benchmarks"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if not done.stdout:
+        raise RuntimeError(done.stderr)
+    return block("make benchmarks", done.stdout)
 
 
 def main() -> None:
