@@ -78,11 +78,11 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     chosen = parser.parse_args()
     path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="pfmc-readme-") as folder:
         parts = measured(Path(folder))
     if chosen.speed:
         parts["speed"] = speed()
+    text = path.read_text(encoding="utf-8")
     for name, body in parts.items():
         text = fill(text, name, body)
     path.write_text(text, encoding="utf-8")
