@@ -54,6 +54,19 @@ class Comparison:
             for key, m in report["metrics"].items()
         ]
 
+    def validation(self) -> Table:
+        """Published figures beside ours with their ratio: misses are shown, not tuned away."""
+        rows = [
+            (
+                name, v["name"], f"{digits(v['published'])} {v['unit']}", digits(v["ours"]),
+                f"{v['ratio']:.2f}", v["read"], v["source"], v["note"],
+            )
+            for name, report in zip(self.names, self.reports, strict=True)
+            for v in report["validation"]
+        ]  # fmt: skip
+        headings = ("report", "figure", "published", "ours", "ratio", "read", "source", "note")
+        return Table(headings, tuple(rows), "validation of the cost models")
+
     def json(self) -> dict[str, object]:
         """Everything, with terms, sources and notes."""
         return {

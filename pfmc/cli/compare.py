@@ -45,7 +45,7 @@ def compare_(
     context
         Positions of context for --targets.
     breakdown
-        Show every term of every metric.
+        Show every term of every metric, and the published figures the cost models are held to.
     fail_on
         METRIC:+N% fails (exit code 4) if another artifact exceeds the first by more.
     json
@@ -101,8 +101,13 @@ def _show(
         _print_csv(comparison)
     elif markdown:
         print(comparison.table(breakdown).markdown(), end="")
+        if breakdown:
+            print("\n" + comparison.validation().markdown(), end="")
     else:
         comparison.table(breakdown).show()
+        if breakdown:
+            print()
+            comparison.validation().show()
         for note in comparison.notes():
             print(f"note: {note}", file=sys.stderr)
 

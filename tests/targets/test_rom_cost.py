@@ -56,7 +56,7 @@ def test_terms_closed_form() -> None:
     assert energy["rom.mac.w4a8"] == pytest.approx(macs * 0.051e-12 * 0.65)
     assert energy["rom.requantise"] == pytest.approx(64 * 4 * 0.143e-12)
     area = {t.name: t.value.to("um2")[1] for t in report.metrics["area__total"].terms}
-    assert area["rom.array"] == pytest.approx(bits * 0.0069 / 0.194)
+    assert area["rom.array"] == pytest.approx(bits * 0.0069 / 0.31)
     assert area["rom.lanes.w4a8"] == pytest.approx(64 * 20.9 * 0.765 / 0.7)
     assert area["io"] == pytest.approx(0.05 * sum(v for k, v in area.items() if k != "io"))
     assert report["latency__token"].typical == pytest.approx((256 + 64 + 16) * 1e-9)
