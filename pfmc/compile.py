@@ -27,10 +27,12 @@ from pfmc.artifact import FileEntry, Manifest, Writer, canonical_json
 from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import UsageError, did_you_mean
 from pfmc.hardware import FabricOp, LayerStatistics, Limits
+from pfmc.ingest.adapters import CONFIG, WEIGHTS, adapter_files
 from pfmc.ir import vocabulary
 from pfmc.passes import pipeline
 from pfmc.passes import recipe as recipes
-from pfmc.passes.base import Context
+from pfmc.passes.adapters import KeepBeside, MergeAdapter
+from pfmc.passes.base import Context, Pass
 from pfmc.passes.fabric_formats import FabricFormats
 from pfmc.passes.pipeline import Outcome
 from pfmc.passes.quantise import Quantise, linear_record, release
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from pfmc.passes.recipe import Recipe
 
 Progress = Callable[[str], None]
+ADAPTER_FILES = (CONFIG, WEIGHTS)
 PHASES = ("ingest", "canonical", "quantised", "lowered")
 
 
@@ -55,7 +58,12 @@ def _silent(_: str) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose; see `compile_model`."""
+    """What the user chose; see `compile_model`.
+
+    Attributes:
+        adapter: folder of a LoRA adapter in PEFT's format, kept beside the fixed linears in
+            writable memory; or, with `merge`, added to their weights.
+    """
 
     target: str
     recipe: str | None = None
@@ -69,6 +77,8 @@ class Options:
     trust_root: Path | None = None
     dump_ir: Path | None = None
     stop_after: str | None = None
+    adapter: Path | None = None
+    merge: bool = False
     force: bool = False
 
 
@@ -138,6 +148,8 @@ def compile_model(
     tech = technology.load(options.target)
     target = get(tech.kind)
     target.check(tech)
+    if options.merge and options.adapter is None:
+        raise UsageError("there is no adapter to merge", mend="give its folder with --adapter")
     plan = recipes.load(options.recipe or recipes.default_recipe(tech.kind), options.settings)
     with clock.phase("ingest"):
         loaded = ingest.load(model, trust_root=options.trust_root)
@@ -174,7 +186,29 @@ class _Job:
             "text_sha256": _digest(o.text),
             "calibration_sha256": _digest(o.inputs),
             "tokenizer_sha256": _digest(self.tokenizer),
+            **self.adapter(),
         }
+
+    def adapter(self) -> dict[str, Any]:
+        """What is added to `config` if there is an adapter: its files, and what becomes of it."""
+        o = self.options
+        if o.adapter is None:
+            return {}
+        files = adapter_files(o.adapter, trust_root=o.trust_root)
+        held = {name: f.sha256 for name, f in zip(ADAPTER_FILES, files, strict=True)}
+        return {"adapter": {"files": held, "merged": o.merge}}
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The recipe's passes, and that of the adapter behind the last ``linears``."""
+        o, passes = self.options, self.plan.passes
+        if o.adapter is None:
+            return passes
+        root = None if o.trust_root is None else str(o.trust_root)
+        made = (MergeAdapter if o.merge else KeepBeside)(str(o.adapter), root)
+        names = [p.name for p in passes]
+        at = len(names) - names[::-1].index("linears") if "linears" in names else len(names)
+        return (*passes[:at], made, *passes[at:])
 
     @property
     def request(self) -> str:
@@ -256,7 +290,7 @@ def _canonical(job: _Job) -> tuple[ir.Model, dict[str, Any]]:
         limits=_limits(job), seed=job.options.seed, progress=job.clock.progress
     )
     with job.clock.phase("canonical"):
-        outcome = pipeline.canonicalise(job.loaded.model, job.plan.passes, context, settings)
+        outcome = pipeline.canonicalise(job.loaded.model, job.passes, context, settings)
     return outcome.model, _notes(outcome)
 
 
@@ -345,6 +379,9 @@ def _write_rest(
         lowered.write_tokenizer(writer, job.tokenizer)
     source = os.path.relpath(job.loaded.path.resolve(), writer.path.resolve())
     writer.write("provenance/source.txt", f"{source}\n".encode())
+    if job.options.adapter is not None:
+        adapter = os.path.relpath(job.options.adapter.resolve(), writer.path.resolve())
+        writer.write("provenance/adapter.txt", f"{adapter}\n".encode())
     timing = {"cpu_s": job.clock.seconds, "pfmc": pfmc.__version__}
     writer.write("provenance/timing.json", json.dumps(timing, indent=1).encode())
 

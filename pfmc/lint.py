@@ -25,8 +25,7 @@ from pfmc.targets.fabric.work import fabric_ops
 
 _RAISED = frozenset({
     "Add", "Attention", "Gather", "Gelu", "LayerNormalization", "Mul", "RMSNormalization", "Relu",
-    "Rotary", "Sub", "SwiGLU", "Swish", "Tanh",
-    "Where",
+    "Rotary", "SidePath", "Sub", "SwiGLU", "Swish", "Tanh", "Where",
 })  # fmt: skip
 """Operations of a transformer that hardware runs whole, or that are single steps anyway."""
 _FREE = frozenset({"wiring", "control", "table", "embedding", "sampling"})

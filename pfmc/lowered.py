@@ -14,7 +14,7 @@ from pfmc import cost
 from pfmc.artifact import Writer
 from pfmc.errors import InternalError
 from pfmc.hardware import FabricOp, Workload
-from pfmc.ir import vocabulary
+from pfmc.ir import provenance, vocabulary
 from pfmc.passes.pieces import left_in_pieces
 from pfmc.report.table import Table
 from pfmc.store import LayerRecord
@@ -147,7 +147,20 @@ def _facts(
         "tiles": sum(r.tiles for r in records),
         "fabric_ops": len(ops),
         "fabric_kinds": dict(sorted(kinds.items())),
+        **_adapters(model),
     }
+
+
+def _adapters(model: ir.Model) -> dict[str, Any]:
+    """Rank and parameters of every side path by its layer; nothing where there is none."""
+    found: dict[str, dict[str, int]] = {}
+    for node in model.graph:
+        if vocabulary.is_op(node, vocabulary.SIDE_PATH, vocabulary.DOMAIN):
+            down, up = (v.const_value.shape.numpy() for v in node.inputs[2:] if v is not None)
+            layer = provenance.scope(node)
+            rank = int(down[1])
+            found[layer] = {"rank": rank, "parameters": rank * int(down[0] + up[1])}
+    return {"adapters": found} if found else {}
 
 
 def _parameters(model: ir.Model, records: Sequence[LayerRecord]) -> int:

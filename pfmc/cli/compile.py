@@ -36,6 +36,8 @@ def compile_(
     input: Path | None = None,
     tokenizer: Path | None = None,
     trust_root: Path | None = None,
+    adapter: Path | None = None,
+    merge_adapter: bool = False,
     dump_ir: Path | None = None,
     stop_after: Literal["ingest", "canonical", "quantised", "lowered"] | None = None,
     timing: bool = False,
@@ -73,6 +75,10 @@ def compile_(
         tokenizer.json; the one beside the model by default.
     trust_root
         Folder within which external data may be reached through links.
+    adapter
+        Folder of a LoRA adapter (PEFT's format) to keep beside the fixed weights, writable.
+    merge_adapter
+        Fix the adapter too: add it to the weights instead.
     dump_ir
         Folder for the graph after every pass.
     stop_after
@@ -95,7 +101,7 @@ def compile_(
     options = Options(
         target=target, recipe=recipe, settings=set_, seed=seed, jobs=jobs, context=context,
         text=text, inputs=input, tokenizer=tokenizer, trust_root=trust_root, dump_ir=dump_ir,
-        stop_after=stop_after, force=force,
+        stop_after=stop_after, adapter=adapter, merge=merge_adapter, force=force,
     )  # fmt: skip
     progress = Progress(quiet=quiet or json)
     done = compile_model(model, out, options=options, progress=progress)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from pfmc.errors import InputError, UsageError
@@ -44,6 +46,11 @@ class SidePath:
     up: ir.TensorProtocol
     scale: float
 
+    def product(self) -> npt.NDArray[np.float32]:
+        """What the path adds to the weight: ``scale * down @ up``, ``[in, out]``."""
+        down, up = (np.asarray(t.numpy()).astype(np.float32) for t in (self.down, self.up))
+        return np.asarray(down @ (np.float32(self.scale) * up))
+
     @property
     def rank(self) -> int:
         """The rank of the path."""
@@ -65,6 +72,25 @@ class Adapter:
     base: str
 
 
+def adapter_files(
+    folder: str | Path, *, trust_root: Path | None = None
+) -> tuple[SourceFile, SourceFile]:
+    """The configuration and the weights of the adapter in `folder`, mapped, nothing read.
+
+    Raises:
+        UsageError: there is no adapter in `folder`.
+        InputError: its weights are missing, or may not be read from where they lie.
+    """
+    place = Path(folder) / CONFIG
+    if not place.is_file():
+        raise UsageError(
+            f"there is no {CONFIG} here", where=str(folder),
+            mend="give the folder that PEFT's save_pretrained wrote",
+        )  # fmt: skip
+    config = open_mapped(place, follow=True)
+    return config, ExternalData(place, trust_root).file(WEIGHTS, str(place))
+
+
 def load_adapter(
     folder: str | Path, model: ir.Model, *, trust_root: Path | None = None
 ) -> Adapter:
@@ -80,15 +106,12 @@ def load_adapter(
         InputError: it is damaged, of a kind that is no plain LoRA, or does not fit the model; the
             message names every module at fault.
     """
-    place = Path(folder) / CONFIG
-    if not place.is_file():
-        raise UsageError(f"there is no {CONFIG} here", where=str(folder))
-    file = open_mapped(place, follow=True)
+    file, weights = adapter_files(folder, trust_root=trust_root)
+    place = file.path
     if file.size > CAP:
         raise InputError(f"{file.size} bytes are too many", where=str(place))
     config = Config.of(bytes(file.data[:]), str(place))
     _check_kind(config)
-    weights = ExternalData(place, trust_root).file(WEIGHTS, str(place))
     pairs = _pairs(read_header(weights), str(weights.path))
     return Adapter(
         _fitted(pairs, config, model, str(weights.path)),

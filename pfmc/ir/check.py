@@ -66,7 +66,7 @@ class Legality:
 
 
 _CONVERTERS = frozenset({vocabulary.QUANTISE, vocabulary.QUANTISE_TOKEN})
-_HELPERS = frozenset({vocabulary.ROTARY, vocabulary.SWIGLU})
+_HELPERS = frozenset({vocabulary.ROTARY, vocabulary.SWIGLU, vocabulary.SIDE_PATH})
 LEGAL: dict[Stage, Legality] = {
     Stage.SOURCE: Legality(None, frozenset(vocabulary.OPERATORS), True),
     Stage.CANONICAL: Legality(STANDARD, _HELPERS | {vocabulary.FIXED_LINEAR}, False),
@@ -166,6 +166,8 @@ def _illegal_own(node: ir.Node) -> Iterator[str]:
         yield f"{node.op_type} has {len(node.inputs)} inputs, not {', '.join(operator.inputs)}"
     elif node.op_type in vocabulary.LINEARS:
         yield from _illegal_linear(node)
+    elif node.op_type == vocabulary.SIDE_PATH:
+        yield from _illegal_side_path(node)
     elif node.op_type in _CONVERTERS and not _top(node) >= 1:
         yield "the largest code `top` is below 1"
 
@@ -184,6 +186,15 @@ def _illegal_linear(node: ir.Node) -> Iterator[str]:
         yield f"weight {shapes[0]} and bias {shapes[-1]} are no [in, out] and [out]"
     elif node.op_type == vocabulary.QUANTISED_LINEAR:
         yield from _illegal_codes(node, constants[0], shapes)
+
+
+def _illegal_side_path(node: ir.Node) -> Iterator[str]:
+    factors = [None if v is None else v.const_value for v in node.inputs[2:]]
+    shapes = [tuple(int(d) for d in c.shape.numpy()) for c in factors if c is not None]
+    if len(shapes) < 2:
+        yield "a factor of the side path is not a constant"
+    elif [len(s) for s in shapes] != [2, 2] or shapes[0][1] != shapes[1][0]:
+        yield f"factors {shapes[0]} and {shapes[1]} are no [in, rank] and [rank, out]"
 
 
 def _illegal_codes(

@@ -379,6 +379,7 @@ def _rules() -> dict[str, Rule]:
         **dict.fromkeys(alike.split(), _like(0)),
         **dict.fromkeys(both.split(), _elementwise),
         **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"], _reduce),
+        "SidePath": _like(1),
         "Shape": _shape,
         "MatMul": _matmul,
         "Gemm": _gemm,

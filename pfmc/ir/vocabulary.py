@@ -19,6 +19,9 @@ Operators (B batch, S positions, H heads, D head width; all float32):
 ``Rotary(x[B, H, S, D], cos, sin) -> y``
     ``x * cos + rotate_half(x) * sin``; cos and sin broadcast against x.
 ``SwiGLU(gate, up) -> gate * sigmoid(gate) * up``
+``SidePath(x[..., in], y[..., out], down[in, rank], up[rank, out]) -> y + (x @ down) @ up``
+    an adapter beside the fixed linear that made y; down and up are writable memory of the digital
+    fabric, so this is no fixed linear.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ QUANTISE = "Quantise"
 QUANTISE_TOKEN = "QuantiseToken"
 ROTARY = "Rotary"
 SWIGLU = "SwiGLU"
+SIDE_PATH = "SidePath"
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,17 @@ OPERATORS: dict[str, Operator] = {
             Op("Mul", ("gate", "squashed"), ("active",)),
             Op("Mul", ("active", "up"), ("y",)),
         ),
+    ),
+    SIDE_PATH: Operator(
+        SIDE_PATH,
+        ("x", "y", "down", "up"),
+        (),
+        (
+            Op("MatMul", ("x", "down"), ("narrow",)),
+            Op("MatMul", ("narrow", "up"), ("wide",)),
+            Op("Add", ("y", "wide"), ("z",)),
+        ),
+        ("z",),
     ),
 }
 """Every operator of our domain and its ideal meaning."""

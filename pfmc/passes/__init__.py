@@ -15,6 +15,7 @@ PASSES = {
     "fold": "pfmc.passes.fold:Fold",
     "kv-memory": "pfmc.passes.kv_memory:KvMemory",
     "linears": "pfmc.passes.linears:Linears",
+    "merge-adapter": "pfmc.passes.adapters:MergeAdapter",
     "merge-equal": "pfmc.passes.merge_equal:MergeEqual",
     "quantise": "pfmc.passes.quantise:Quantise",
     "raise-activations": "pfmc.passes.raise_activations:RaiseActivations",
@@ -22,6 +23,7 @@ PASSES = {
     "raise-norms": "pfmc.passes.raise_norms:RaiseNorms",
     "raise-rotary": "pfmc.passes.raise_rotary:RaiseRotary",
     "shape-arithmetic": "pfmc.passes.shape_arithmetic:ShapeArithmetic",
+    "side-path": "pfmc.passes.adapters:KeepBeside",
     "ties": "pfmc.passes.ties:Ties",
     "widen": "pfmc.passes.widen:Widen",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from pfmc.ir import matcher, provenance, vocabulary
@@ -15,6 +16,7 @@ from pfmc.ir.vocabulary import DOMAIN, Stage
 from pfmc.passes.base import Context, Pass, PassResult
 
 _OPERANDS = (0, 1, 2)  # q, k and v of Attention
+_FACTORS = (2, 3)  # down and up of SidePath
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class FabricFormats(Pass):
     ``Attention(q, k, v)`` -> ``Attention`` of ``QuantiseToken`` of each: one scale for every
     position and head, so the KV memory holds integers. ``Gather(table, ids)`` of a constant real
     matrix -> ``QuantiseToken`` of it: the table's rows are stored as integers with a scale each.
+    ``SidePath(x, y, down, up)`` -> the same of ``QuantiseToken`` of x and of factors rounded to
+    integers with a scale for each column.
     Nothing is changed where `Limits.fabric_bits` is 0.
     """
 
@@ -42,6 +46,8 @@ class FabricFormats(Pass):
             if vocabulary.is_op(node, "Attention"):
                 for index in _OPERANDS:
                     _round_operand(model.graph, node, index, top, made)
+            elif vocabulary.is_op(node, vocabulary.SIDE_PATH, DOMAIN):
+                _round_adapter(model.graph, node, top, made)
             elif _reads_table(node):
                 _round_output(model.graph, node, top)
         vocabulary.install(model)
@@ -81,6 +87,41 @@ def _round_operand(
         graph.insert_before(node, rounding)
         made[x] = rounding.outputs[0]
     node.replace_input_with(index, made[x])
+
+
+def _round_adapter(
+    graph: ir.Graph, node: ir.Node, top: float, made: dict[ir.Value, ir.Value]
+) -> None:
+    """Rounds the input of a side path, as its fixed linear does where it can, and its factors."""
+    x = node.inputs[0]
+    assert x is not None
+    for use in x.uses():
+        same = vocabulary.is_op(use.node, vocabulary.QUANTISE_TOKEN, DOMAIN)
+        if same and use.node.attributes["top"].value == top:
+            made.setdefault(x, use.node.outputs[0])
+    _round_operand(graph, node, 0, top, made)
+    for index in _FACTORS:
+        value = node.inputs[index]
+        assert value is not None
+        assert value.const_value is not None
+        name = matcher.unique_name(graph, f"{value.name}:stored")
+        rounded = matcher.add_initialiser(graph, name, _columns(value.const_value, name, top))
+        node.replace_input_with(index, rounded)
+        if not value.uses():
+            graph.initializers.pop(str(value.name), None)
+
+
+def _columns(tensor: ir.TensorProtocol, name: str, top: float) -> ir.LazyTensor:
+    """A matrix rounded to codes of at most `top` times the scale of their column, when read."""
+
+    def read() -> ir.TensorProtocol:
+        array = np.asarray(tensor.numpy(), np.float32)
+        peak = np.abs(array).max(axis=0, keepdims=True)
+        scale = np.where(peak > 0, peak, np.float32(1.0)) / np.float32(top)
+        return ir.tensor(np.round(array / scale) * scale, name=name)
+
+    shape = ir.Shape([int(d) for d in tensor.shape.numpy()])
+    return ir.LazyTensor(read, ir.DataType.FLOAT, shape, name=name)
 
 
 def _round_output(graph: ir.Graph, node: ir.Node, top: float) -> None:

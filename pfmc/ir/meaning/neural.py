@@ -237,6 +237,10 @@ def _swiglu(node: ir.Node, xp: Arrays) -> Run:
     return lambda gate, up: xp.silu(gate) * up
 
 
+def _side_path(node: ir.Node, xp: Arrays) -> Run:
+    return lambda x, y, down, up: y + xp.matmul(xp.matmul(x, down), up)
+
+
 NEURAL: dict[tuple[str, str], Maker] = {
     ("", "BatchNormalization"): _batch_norm,
     ("", "Conv"): _conv,
@@ -257,5 +261,6 @@ NEURAL: dict[tuple[str, str], Maker] = {
     ("pfmc", "QuantiseToken"): _quantise_token,
     ("pfmc", "QuantisedLinear"): _quantised_linear,
     ("pfmc", "Rotary"): _rotary,
+    ("pfmc", "SidePath"): _side_path,
     ("pfmc", "SwiGLU"): _swiglu,
 }

@@ -24,6 +24,7 @@ OPERATIONS: Final = {
 MOVES: Final = {
     "kv_read_values": ("fabric.energy_sram", "fabric.kv_bits"),
     "kv_write_values": ("fabric.energy_sram", "fabric.kv_bits"),
+    "adapter_read_values": ("fabric.energy_sram", "fabric.kv_bits"),
     "embedding_values": ("fabric.energy_rom", "fabric.embedding_bits"),
     "moved_values": ("fabric.energy_wire", "fabric.word_bits"),
 }
@@ -73,10 +74,14 @@ def cost(ops: Sequence[FabricOp], technology: Technology, workload: Workload) ->
     kv_values = sum(at(op, "kv_held_values", context) for op in ops)
     kv_bits = technology["fabric.kv_bits"] * kv_values
     stored = sum(op.work.get("stored_values", 0.0) for op in ops)
+    held = sum(op.work.get("adapter_held_values", 0.0) for op in ops)
     return FabricCost(
         energy=tuple(_energy(ops, technology, context)),
         latency=tuple(_latency(timed, period)),
-        area=(*_area(ops, technology), *_memories(technology, stored, kv_bits, workload)),
+        area=(
+            *_area(ops, technology), *_memories(technology, stored, kv_bits, workload),
+            *_adapters(technology, held),
+        ),
         kv_bits_user=kv_bits,
         stored_bits=technology["fabric.embedding_bits"] * stored,
         interval=period * slowest,
@@ -97,7 +102,8 @@ def cycles(op: FabricOp, technology: Technology, context: float) -> float:
 
 
 def _lanes_key(op: FabricOp) -> str:
-    return "fabric.product_lanes" if op.kind == "product" else "fabric.vector_lanes"
+    wide = op.kind in ("product", "side_path")
+    return "fabric.product_lanes" if wide else "fabric.vector_lanes"
 
 
 def _energy(ops: Sequence[FabricOp], technology: Technology, context: float) -> Iterable[Term]:
@@ -179,6 +185,18 @@ def _memories(
         f"{users:g} users * {kv_bits.typical:,.6g} bits * fabric.sram_cell "
         "/ fabric.sram_efficiency",
     )  # fmt: skip
+
+
+def _adapters(technology: Technology, held: float) -> Iterable[Term]:
+    """Writable memory of adapters, of `held` numbers, which all users share; none without any."""
+    if held:
+        bits = technology["fabric.kv_bits"] * held
+        yield Term(
+            "fabric.adapters",
+            bits * technology["fabric.sram_cell"] / technology["fabric.sram_efficiency"],
+            f"{held:,.6g} adapter numbers * fabric.kv_bits * fabric.sram_cell "
+            "/ fabric.sram_efficiency",
+        )  # fmt: skip
 
 
 def static_energy(technology: Technology, area: Estimate, interval: Estimate) -> tuple[Term, ...]:

@@ -11,6 +11,8 @@ numbers sent to the next unit · ``control_ops`` integer or flag operations.
 
 Two keys are not per position: ``kv_held_values`` numbers one user keeps in the KV memory, and
 ``stored_values`` fixed numbers stored with the operation (embedding tables, norm weights);
+``adapter_held_values`` numbers of an adapter in writable memory, all of them read at every
+position (``adapter_read_values``);
 ``linears`` says how many fixed linears share a requantised input, ``heads`` how many attend,
 ``window`` how many positions a local attention sees (`pfmc.targets.fabric.keys.at` keeps to it). A
 soft-capped attention looks every score up in a table.
@@ -117,7 +119,7 @@ class _Counter:
     def op(self, node: ir.Node) -> FabricOp:
         kind, work = self.work(node)
         stored = sum(_size(v) for v in node.inputs if v is not None and _real_constant(v))
-        if stored and kind not in ("wiring", "control", "table"):
+        if stored and kind not in ("wiring", "control", "table", "side_path"):
             work = {**work, "stored_values": float(stored)}
         return FabricOp(
             str(node.name), kind, node.metadata_props.get(vocabulary.KEY_SCOPE, ""),
@@ -138,6 +140,7 @@ class _Counter:
         special: dict[str, Callable[[ir.Node], tuple[str, dict[str, Growth]]]] = {
             "Attention": self.attention, "MatMul": self.product, "Gemm": self.product,
             "Conv": self.convolution, "ConvTranspose": self.convolution,
+            vocabulary.SIDE_PATH: self.side_path,
         }  # fmt: skip
         out = self.grow(node.outputs[0])
         if node.op_type in special:
@@ -209,6 +212,17 @@ class _Counter:
     def convolution(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
         kernel = self.probes(node.inputs[1])[0].shape
         return "product", {"macs8": self.grow(node.outputs[0]).times(math.prod(kernel[1:]))}
+
+    def side_path(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
+        """Two products with an adapter's factors, each number of them read from SRAM once."""
+        down, up = (self.probes(v)[0].shape for v in node.inputs[2:])
+        out, held = self.grow(node.outputs[0]), float(math.prod(down) + math.prod(up))
+        rows = out.times(1.0 / up[1])
+        return "side_path", {
+            "macs8": rows.times(math.prod(down)), "macs16": rows.times(math.prod(up)),
+            "adds": out, "adapter_read_values": rows.times(held),
+            "adapter_held_values": Growth(held),
+        }  # fmt: skip
 
     def gather(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
         source = node.inputs[0]
@@ -289,6 +303,8 @@ def _from_linear(value: ir.Value | None) -> bool:
     node = value.producer() if value is not None else None
     if node is None or _fixed(node):
         return node is not None
+    if vocabulary.is_op(node, vocabulary.SIDE_PATH, vocabulary.DOMAIN):
+        return _from_linear(node.inputs[1])
     if node.op_type == "Add":
         return any(_from_linear(v) for v in node.inputs) and any(
             v is not None and v.const_value is not None for v in node.inputs
