@@ -1,5 +1,7 @@
 """Level 3 of the ladder: an artifact against the truth of its untouched source, end to end.
 
+Where there is an adapter, the source is a copy with it merged (`pfmc.with_adapter`).
+
 The truth of an ONNX file is ONNX Runtime's (`pfmc.oracle`), that of a checkpoint transformers' own
 forward (`pfmc.distill.reference`). Language models are judged by perplexity, KL divergence and
 top-1 agreement, everything else by cosine and rank correlation, and each fixed linear by its error.
@@ -27,7 +29,7 @@ from pfmc.distill.reference import Reference
 from pfmc.distill.student import Student
 from pfmc.distill.text import self_generated, windows_of_file
 from pfmc.errors import UsageError
-from pfmc.ir import vocabulary
+from pfmc.ir import provenance, vocabulary
 from pfmc.oracle import Oracle
 from pfmc.simulate import Machine
 from pfmc.verification import Row
@@ -89,7 +91,7 @@ def _truth(source: Path, observe: Sequence[str] = ()) -> Oracle | Reference:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured on, and the thresholds."""
+    """What is measured on, the thresholds, and who gives the truth, in words."""
 
     text: Path | None
     inputs: Path | None
@@ -97,6 +99,7 @@ class Plan:
     length: int
     seed: int
     thresholds: Mapping[str, float | None]
+    judge: str = "the source"
 
     @staticmethod
     def of(
@@ -117,11 +120,11 @@ def end_to_end(
     lead = _drive(model)
     progress("making inputs")
     batches = _batches(machine, model, lead, plan)
-    progress(f"layers against {judge_of(source)}")
+    progress(f"layers against {plan.judge}")
     rows = _layers(machine, model, lead, source, batches[0], plan.thresholds)
-    progress(f"the whole model against {judge_of(source)}")
+    progress(f"the whole model against {plan.judge}")
     if lead is not None:
-        return rows + _language(machine, lead, source, batches, plan.thresholds)
+        return rows + _language(machine, lead, source, batches, plan)
     return rows + _encoder(machine, source, batches, plan.thresholds)
 
 
@@ -210,10 +213,7 @@ def _layers(
     observe = sorted({v for v, _ in values.values()} - outputs)
     with _truth(source, observe=observe) as oracle:
         truth = oracle.run(feeds)
-    seen: dict[str, Array] = {}
-    machine.student.observe = lambda name, _, y: seen.__setitem__(name, y.detach().numpy())
-    machine.run(machine_feeds(machine, lead, feeds))
-    machine.student.observe = None
+    seen = _outputs(machine, machine_feeds(machine, lead, feeds))
     real = _real_positions(feeds)
     errors = {n: _relative(seen[n], truth[v], perm, real) for n, (v, perm) in values.items()}
     rows = [Row(f"layer {n}", e, unit="relative RMS error") for n, e in errors.items()]
@@ -224,6 +224,23 @@ def _layers(
         middle = float(np.median(list(errors.values())))
         rows.append(Row("median layer", middle, unit="relative RMS error"))
     return rows
+
+
+def _outputs(machine: Machine, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """The output of every fixed linear, together with its side path's if there is one."""
+    beside = {
+        provenance.scope(n): str(n.outputs[0].name) for n in machine.student.model.graph
+        if vocabulary.is_op(n, vocabulary.SIDE_PATH, vocabulary.DOMAIN)
+    }  # fmt: skip
+    machine = machine.with_outputs(list(beside.values())) if beside else machine
+    seen: dict[str, Array] = {}
+    student = machine.student
+    student.observe = lambda name, _, y: seen.__setitem__(name, y.detach().numpy())
+    try:
+        results = machine.run(feeds)
+    finally:
+        student.observe = None
+    return seen | {layer: results[name] for layer, name in beside.items()}
 
 
 def _real_positions(feeds: Mapping[str, Array]) -> Array | None:
@@ -270,9 +287,10 @@ def token_scores(oracle: Oracle | Reference, lead: Drive, feeds: Mapping[str, Ar
 
 def _language(
     machine: Machine, lead: Drive, source: Path, batches: Sequence[Mapping[str, Array]],
-    thresholds: Mapping[str, float | None],
+    plan: Plan,
 ) -> list[Row]:  # fmt: skip
     """Perplexity ratio, KL and top-1 agreement over the windows."""
+    thresholds = plan.thresholds
     decoder, comparison = machine.decoder(), measure.Comparison()
     with _truth(source) as oracle:
         for feeds in batches:
@@ -286,7 +304,7 @@ def _language(
     excess = measure.mean_estimate(student_losses - teacher_losses)
     assert found.perplexity_teacher is not None
     return [
-        Row(f"perplexity of {judge_of(source)}", found.perplexity_teacher.value, unit="a token"),
+        Row(f"perplexity of {plan.judge}", found.perplexity_teacher.value, unit="a token"),
         _estimate("perplexity ratio", excess, thresholds.get("perplexity_ratio"), math.exp),
         _estimate("excess", excess, None, unit="nats a token"),
         _estimate("KL divergence", found.kl_mean, thresholds.get("kl"), unit="nats a token"),

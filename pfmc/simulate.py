@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,16 @@ class Machine:
         stored = store.read_layers(self.path)
         layers = {s.name: self.target.layer(s, self.technology, self.die) for s in stored}
         return Student(ir.load(self.path / "model.onnx"), layers).eval()
+
+    def with_outputs(self, names: Sequence[str]) -> Machine:
+        """The same machine, whose graph also hands out the inner values `names`."""
+        model = self.student.model.clone()
+        known = {str(v.name) for v in model.graph.outputs}
+        inner = {str(v.name): v for n in model.graph for v in n.outputs}
+        model.graph.outputs.extend(inner[n] for n in names if n not in known)
+        made = replace(self)
+        vars(made)["student"] = Student(model, self.student.linears).eval()
+        return made
 
     def decoder(self) -> Decoder:
         """Drives the machine as a language model.

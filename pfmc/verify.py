@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pfmc.oracle import Oracle
 from pfmc.simulate import Machine
 from pfmc.targets.base import Die, StoredLinear
 from pfmc.verification import Row, Verification
+from pfmc.with_adapter import MERGED, has_adapter, merged_source
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
@@ -39,7 +41,8 @@ def _silent(_: str) -> None:
 def verify(
     path: str | Path, *, model: Path | None = None, level: int = 3, text: Path | None = None,
     inputs: Path | None = None, windows: int | None = None, length: int | None = None,
-    seed: int = 1, die: Die | None = None, progress: Progress = _silent,
+    seed: int = 1, die: Die | None = None, adapter: Path | None = None,
+    progress: Progress = _silent,
 ) -> Verification:  # fmt: skip
     """Measures the artifact at `path`.
 
@@ -48,11 +51,12 @@ def verify(
         level: 0 hashes, 1 emitted files, 2 integer products, 3 layers and the whole model.
         text, inputs: what to measure on; self-written text or seeded inputs by default.
         windows, length, seed: how much of it.
+        adapter: the adapter the artifact was compiled with, if it has moved.
         die: which die; die 0, new and noisy, by default.
 
     Raises:
         CorruptError: a file is missing or was changed (level 0).
-        UsageError: the input file is not found or is another one.
+        UsageError: the input file, or the adapter, is not found or is another one.
         InputError: ONNX Runtime refuses it.
     """
     place, die = Path(path), die or Die()
@@ -70,8 +74,9 @@ def verify(
     if machine is not None and level >= 3:
         source = find_source(machine, model)
         plan = Plan.of(machine, text, inputs, windows, length, seed)
-        rows += end_to_end(machine, source, plan, progress)
-        judge = judge_of(source)
+        judge = judge_of(source) + (MERGED if has_adapter(machine) else "")
+        with merged_source(machine, source, adapter) as truth:
+            rows += end_to_end(machine, truth, replace(plan, judge=judge), progress)
     name = "ideal die" if die.seed is None else f"die {die.seed}"
     return Verification(f"{place.name}, {name}, against {judge}", tuple(rows))
 

@@ -18,6 +18,7 @@ def verify_(
     path: Path,
     *,
     model: Path | None = None,
+    adapter: Path | None = None,
     level: Level = 3,
     text: Path | None = None,
     input: Path | None = None,
@@ -42,6 +43,8 @@ def verify_(
         The artifact.
     model
         The ONNX file or checkpoint it was compiled from; remembered while it does not move.
+    adapter
+        The adapter it was compiled with; remembered while it does not move.
     level
         How far to go.
     text
@@ -70,8 +73,8 @@ def verify_(
 
     progress = Progress(quiet=quiet or json)
     found = verify(
-        path, model=model, level=level, text=text, inputs=input, windows=windows, length=length,
-        seed=seed, die=Die(None if ideal else die, 0.0, not ideal), progress=progress,
+        path, model=model, adapter=adapter, level=level, text=text, inputs=input,
+        windows=windows, length=length, seed=seed, die=Die(None if ideal else die, 0.0, not ideal), progress=progress,
     )  # fmt: skip
     progress.done()
     if json:
