@@ -156,10 +156,10 @@ def _adapters(model: ir.Model) -> dict[str, Any]:
     found: dict[str, dict[str, int]] = {}
     for node in model.graph:
         if vocabulary.is_op(node, vocabulary.SIDE_PATH, vocabulary.DOMAIN):
-            down, up = (v.const_value.shape.numpy() for v in node.inputs[2:] if v is not None)
-            layer = provenance.scope(node)
-            rank = int(down[1])
-            found[layer] = {"rank": rank, "parameters": rank * int(down[0] + up[1])}
+            factors = [v.const_value for v in node.inputs[2:] if v is not None]
+            sizes = [[int(d) for d in t.shape.numpy()] for t in factors if t is not None]
+            parameters = sum(rows * columns for rows, columns in sizes)
+            found[provenance.scope(node)] = {"rank": sizes[0][1], "parameters": parameters}
     return {"adapters": found} if found else {}
 
 

@@ -6,7 +6,7 @@ file may hold it transposed, or under a name that an exporter made up.
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,21 +69,29 @@ def write_merged(source: Path, changes: Sequence[Change], folder: Path) -> Path:
     load(source)  # the guard
     model = onnx.load(source)
     held = {t.name: t for t in model.graph.initializer if len(t.dims) == 2}
-    readers = [name for node in model.graph.node for name in node.input]
     arrays = _Floats({k: t for k, t in held.items() if t.data_type in _KINDS})
     for change in changes:
         name, turned = _place(arrays, change, str(source))
-        if readers.count(name) != 1:
-            raise _refused(change, f"{name!r} has {readers.count(name)} readers", str(source))
         old = numpy_helper.to_array(held[name])
         added = change.added.T if turned else change.added
-        array = (old.astype(np.float32) + added).astype(old.dtype)
-        held[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        array = np.ascontiguousarray((old.astype(np.float32) + added).astype(old.dtype))
+        _redirect(model.graph, name, f"{name}:merged", change, str(source))
+        model.graph.initializer.append(numpy_helper.from_array(array, f"{name}:merged"))
     made = folder / f"{STEM}.onnx"
     size = sum(len(t.raw_data) for t in model.graph.initializer)
     outside = {"save_as_external_data": True, "location": f"{STEM}.data"} if size > _LARGEST else {}
     onnx.save(model, made, **outside)  # type: ignore[arg-type]
     return made
+
+
+def _redirect(graph: onnx.GraphProto, name: str, new: str, change: Change, where: str) -> None:
+    """Makes the one product that reads `name` read `new`; an embedding keeps reading `name`."""
+    readers = [n for n in graph.node if n.op_type != "Gather" and name in n.input]
+    if len(readers) != 1:
+        raise _refused(change, f"{len(readers)} nodes read {name!r}", where)
+    inputs = [new if i == name else i for i in readers[0].input]
+    del readers[0].input[:]
+    readers[0].input.extend(inputs)
 
 
 class _Floats(Mapping[str, Array]):
@@ -109,14 +117,19 @@ def _checkpoint(source: Path, changes: Sequence[Change], folder: Path) -> Path:
     arrays = {
         k: s.view().astype(np.float32) for k, s in stored.items() if s.dtype in FLOATS
     }  # fmt: skip
+    config = json.loads(source.read_bytes())
     for change in changes:
         name, turned = _place(arrays, change, str(source.parent))
-        arrays[name] = arrays[name] + (change.added.T if turned else change.added)
+        array = arrays[name] + (change.added.T if turned else change.added)
+        own = change.layer.rpartition(".")[2]
+        if own != name.split(".")[-2]:  # a head that shares the embedding's table, until now
+            name = f"{change.layer}.weight"
+        if not any(part.isdecimal() for part in change.layer.split(".")):
+            config["tie_word_embeddings"] = False
+        arrays[name] = array
     tensors = {k: np.ascontiguousarray(a) for k, a in arrays.items()}
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    for name in (CONFIG, "generation_config.json"):
-        if (beside := source.parent / name).is_file():
-            shutil.copyfile(beside, folder / name)
+    (folder / CONFIG).write_text(json.dumps(config))
     return folder / CONFIG
 
 
@@ -146,7 +159,7 @@ def _distances(
 
 def _refused(change: Change, why: str, where: str) -> InputError:
     return InputError(
-        f"the adapter cannot be merged into a copy of the source, which verify compares with: {why}",
+        f"the adapter cannot be merged into a copy of the source, the truth of verify: {why}",
         where=f"{where}, layer {change.layer}",
         mend="verify with --level 2, or compile from the Hugging Face checkpoint",
     )

@@ -516,6 +516,11 @@ def test_quantised_linear_with_a_ragged_last_block() -> None:
     )
 
 
+def test_side_path() -> None:
+    x, y, down, up = reals((2, 3, 6)), reals((2, 3, 5), 1), reals((6, 2), 2), reals((2, 5), 3)
+    check("SidePath", x, y, down, up, want=[y + x @ down @ up], tolerance=1e-4)
+
+
 def test_rotary_and_swiglu() -> None:
     x = reals((2, 3, 5, 8))
     check("Rotary", x, reals((2, 1, 5, 8), 1), reals((2, 1, 5, 8), 2))

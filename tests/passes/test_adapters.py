@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto, numpy_helper
-from safetensors.numpy import save_file
 
 from pfmc import ingest
 from pfmc.distill.student import Student
@@ -25,85 +21,33 @@ from pfmc.passes import recipe as recipes
 from pfmc.passes.adapters import KeepBeside, MergeAdapter
 from pfmc.passes.base import Pass
 
-_path = Path(__file__).resolve().parents[2] / "benchmarks" / "synthetic.py"
-_spec = importlib.util.spec_from_file_location("pfmc_tests_synthetic", _path)
+_spec = importlib.util.spec_from_file_location(
+    "pfmc_tests_lora", Path(__file__).with_name("lora.py")
+)
 assert _spec is not None
 assert _spec.loader is not None
-synthetic = importlib.util.module_from_spec(_spec)
-import sys  # noqa: E402
+L = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(L)
 
-sys.modules[_spec.name] = synthetic
-_spec.loader.exec_module(synthetic)
-
-SHAPE = synthetic.Shape(layers=2, hidden=32, heads=4, ffn=48, vocabulary=50)
-RANK, ALPHA = 3, 6.0
-ADAPTED = {
-    "model.layers.0.self_attn.q_proj": (32, 32), "model.layers.0.self_attn.v_proj": (32, 32),
-    "model.layers.1.mlp.down_proj": (48, 32), "lm_head": (32, 50),
-}  # fmt: skip
 IDS = np.random.default_rng(5).integers(0, 50, (2, 7))
-
-
-def single(path: Path) -> Path:
-    """The fp16 model at `path` as a float32 file of one piece."""
-    proto = onnx.load(path)
-    for tensor in proto.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT16:
-            array = numpy_helper.to_array(tensor).astype(np.float32)
-            array = np.maximum(array, np.float32(-1e30))
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                attribute.i = TensorProto.FLOAT
-    proto.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
-    made = path.parent / "single.onnx"
-    onnx.save(proto, made)
-    return made
-
-
-def write_adapter(folder: Path, sizes: dict[str, tuple[int, int]], rank: int = RANK) -> Path:
-    """A random adapter as PEFT saves it."""
-    rng, held = np.random.default_rng(1), {}
-    for module, (inputs, outputs) in sizes.items():
-        for half, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-            name = f"base_model.model.{module}.lora_{half}.weight"
-            held[name] = rng.normal(0, 0.3, shape).astype(np.float32)
-    folder.mkdir()
-    save_file(held, folder / "adapter_model.safetensors")
-    body = {"peft_type": "LORA", "r": rank, "lora_alpha": ALPHA, "base_model_name_or_path": "b"}
-    (folder / "adapter_config.json").write_text(json.dumps(body))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny float32 Llama in one file."""
-    return single(synthetic.generate(tmp_path_factory.mktemp("llama"), SHAPE))
+    return L.llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on four of its layers, the head among them."""
-    return write_adapter(tmp_path_factory.mktemp("lora") / "adapter", ADAPTED)
+    return L.write_adapter(tmp_path_factory.mktemp("lora") / "adapter", L.ADAPTED)
 
 
 @pytest.fixture(scope="module")
 def truth(base: Path, adapter: Path) -> np.ndarray:
     """What ONNX Runtime says of the file with ``scale * B @ A`` added to its weights."""
-    from safetensors.numpy import load_file
-
-    held = load_file(adapter / "adapter_model.safetensors")
-    proto = onnx.load(base)
-    for tensor in proto.graph.initializer:
-        module = tensor.name.removesuffix(".weight")
-        if module in ADAPTED:
-            a, b = (held[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
-            array = numpy_helper.to_array(tensor) + np.float32(ALPHA / RANK) * (b @ a).T
-            tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
-    merged = base.parent / "merged.onnx"
-    onnx.save(proto, merged)
-    with Oracle(merged) as oracle:
+    with Oracle(L.merged(base, adapter)) as oracle:
         return oracle.run({"input_ids": IDS})["logits"]
 
 
@@ -142,7 +86,7 @@ def test_beside_equals_merged(base: Path, adapter: Path) -> None:
     np.testing.assert_allclose(logits(beside), logits(merged), atol=1e-5, rtol=0)
     assert len(vocabulary.fixed_linears(beside)) == len(vocabulary.fixed_linears(merged)) == 15
     paths = [n for n in beside.graph if n.op_type == vocabulary.SIDE_PATH]
-    assert [n.metadata_props[vocabulary.KEY_SCOPE] for n in paths] == list(ADAPTED)
+    assert [n.metadata_props[vocabulary.KEY_SCOPE] for n in paths] == list(L.ADAPTED)
     assert str(beside.graph.outputs[0].name) == "logits"
     assert beside.graph.outputs[0].producer() is paths[-1]
 
@@ -167,7 +111,7 @@ def test_the_canonical_graph_runs_in_onnx_runtime(
 def test_what_does_not_fit_is_named(
     sizes: dict[str, tuple[int, int]], words: str, base: Path, tmp_path: Path
 ) -> None:
-    folder = write_adapter(tmp_path / "adapter", sizes)
+    folder = L.write_adapter(tmp_path / "adapter", sizes)
     with pytest.raises(InputError, match=words):
         canonical(base, KeepBeside(str(folder)))
 
