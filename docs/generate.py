@@ -281,7 +281,10 @@ def _pass(name: str) -> str:
     if fields:
         hints = typing.get_type_hints(kind)
         rows = [
-            (f"`{n}`", _type(hints[n]), _default(f.default), said.get(n, ""))
+            (
+                f"`{n}`", _type(hints[n]), _default(f.default, f.default is dataclasses.MISSING),
+                said.get(n, ""),
+            )
             for n, f in fields.items()
         ]
         text += "\n" + table(("option", "value", "default", "meaning"), rows)

@@ -31,7 +31,7 @@ FLOORS = [
     },
     {
         "against_source", "compile", "inspect_model", "lint", "lowered", "oracle", "reduce",
-        "simulate", "store", "verification", "verify",
+        "simulate", "store", "verification", "verify", "with_adapter",
     },
     {
         "compare", "explore",

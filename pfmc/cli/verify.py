@@ -74,7 +74,8 @@ def verify_(
     progress = Progress(quiet=quiet or json)
     found = verify(
         path, model=model, adapter=adapter, level=level, text=text, inputs=input,
-        windows=windows, length=length, seed=seed, die=Die(None if ideal else die, 0.0, not ideal), progress=progress,
+        windows=windows, length=length, seed=seed,
+        die=Die(None if ideal else die, 0.0, not ideal), progress=progress,
     )  # fmt: skip
     progress.done()
     if json:

@@ -35,8 +35,11 @@ class KeepBeside(Pass):
 
     ``y = FixedLinear(x)`` -> ``SidePath(x, FixedLinear(x), down, scale * up)``
 
-    Options: the folder of the adapter, and a folder within which links are followed. Runs after
-    ``linears``; `pfmc compile --adapter DIR` adds it.
+    Runs after ``linears``; `pfmc compile --adapter DIR` adds it.
+
+    Attributes:
+        adapter: folder of the adapter, in PEFT's format.
+        trust_root: folder within which its weights may be reached through links.
     """
 
     name: ClassVar[str] = "side-path"
@@ -97,9 +100,12 @@ class MergeAdapter(Pass):
 
     ``FixedLinear(x, w, b)`` -> ``FixedLinear(x, w + scale * down @ up, b)``
 
-    The sum is made when the weight is read. Options: the folder of the adapter, and a folder
-    within which links are followed. Runs after ``linears``;
+    The sum is made when the weight is read. Runs after ``linears``;
     `pfmc compile --adapter DIR --merge-adapter` adds it.
+
+    Attributes:
+        adapter: folder of the adapter, in PEFT's format.
+        trust_root: folder within which its weights may be reached through links.
     """
 
     name: ClassVar[str] = "merge-adapter"

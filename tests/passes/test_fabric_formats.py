@@ -68,3 +68,32 @@ def test_no_width_no_change(tmp_path: Path) -> None:
     attention = next(n for n in plain.graph if vocabulary.is_op(n, "Attention"))
     makers = {n.op_type for v in attention.inputs[:3] if v is not None and (n := v.producer())}
     assert vocabulary.QUANTISE_TOKEN not in makers
+
+
+def test_a_side_path_holds_integers_and_shares_the_input_of_its_linear(tmp_path: Path) -> None:
+    source = generate(tmp_path, Shape(layers=1, hidden=64, heads=4, ffn=96, vocabulary=128))
+    plan = recipe.load("stream")
+    context = Context(limits=LIMITS)
+    model = pipeline.canonicalise(ingest.load(source).model, plan.passes, context).model
+    linear = vocabulary.fixed_linears(model)[0]
+    rng = np.random.default_rng(0)
+    factors = []
+    for name, shape in (("down", (64, 3)), ("up", (3, 64))):
+        array = rng.normal(size=shape).astype(np.float32)
+        held = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        model.graph.register_initializer(held)
+        factors.append(held)
+    side = ir.Node("pfmc", "SidePath", [linear.inputs[0], linear.outputs[0], *factors], name="s")
+    side.outputs[0].name = "adapted"
+    side.metadata_props[vocabulary.KEY_SOURCE] = "n0"
+    model.graph.insert_after(linear, side)
+    real = [v.const_value.numpy() for v in factors if v.const_value is not None]
+    model = pipeline.run(model, [Quantise.of(plan), FabricFormats()], context).model
+    x = next(n for n in vocabulary.fixed_linears(model) if n.name == linear.name).inputs[0]
+    assert side.inputs[0] is x, "one converter for both"
+    for value, before in zip(side.inputs[2:], real, strict=True):
+        assert value is not None
+        assert value.const_value is not None
+        scale = np.abs(before).max(axis=0) / 127
+        codes = value.const_value.numpy() / scale
+        np.testing.assert_allclose(codes, np.round(before / scale), atol=1e-3)

@@ -101,3 +101,21 @@ def test_empty_fabric_costs_nothing() -> None:
 def test_incomplete_technology_is_refused() -> None:
     with pytest.raises(UsageError, match=r"fabric\.clock is missing"):
         technology.load("gpu").require(FABRIC_KEYS)
+
+
+def test_side_path_closed_form() -> None:
+    """Rank 4 beside 1000 to 500: two products, every number read once from SRAM, held once."""
+    side = FabricOp("s", "side_path", "", (), {
+        "macs8": 4000, "macs16": 2000, "adds": 500, "adapter_read_values": 6000,
+        "adapter_held_values": 6000,
+    })  # fmt: skip
+    tech = technology.load("fabric_n7")
+    parts = cost([side, NORM], tech, Workload("decode", 100, users=3))
+    energy = {t.name: t.value.typical for t in parts.energy}
+    assert energy["fabric.side_path.macs8"] == pytest.approx(4000 * 0.10e-12)
+    assert energy["fabric.side_path.macs16"] == pytest.approx(2000 * 0.17e-12)
+    assert energy["fabric.side_path.adapter_read_values"] == pytest.approx(6000 * 2.6e-12)
+    area = {t.name: t.value.typical for t in parts.area}
+    assert area["fabric.adapters"] == pytest.approx(6000 * 8 * 0.027e-12 / 0.65), "users share it"
+    assert cycles(side, tech, 100) == 1 + 16, "4096 products a cycle"
+    assert not any("adapters" in t.name for t in cost([NORM], tech, Workload("decode", 1)).area)
