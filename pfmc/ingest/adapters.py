@@ -49,7 +49,7 @@ class SidePath:
     def product(self) -> npt.NDArray[np.float32]:
         """What the path adds to the weight: ``scale * down @ up``, ``[in, out]``."""
         down, up = (np.asarray(t.numpy()).astype(np.float32) for t in (self.down, self.up))
-        return np.asarray(down @ (np.float32(self.scale) * up))
+        return np.asarray(down @ (np.float32(self.scale) * up), np.float32)
 
     @property
     def rank(self) -> int:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from pfmc.ir import matcher, provenance, vocabulary
 from pfmc.passes.base import Context, Pass, PassResult
-from pfmc.passes.weights import TRANSPOSE_OF, kind_of, shape_of
+from pfmc.passes.weights import ORIGIN, TRANSPOSE_OF, kind_of, shape_of
 
 KEY_TIED = "pfmc.tied"
 """On an embedding's Gather and on a fixed linear: the weight they share, the table's name."""
@@ -71,7 +71,7 @@ def _relation(table: ir.Value, weight: ir.Value, known: _Samples) -> bool | None
     if weight.meta.get(TRANSPOSE_OF) is table.const_value:
         return True
     rows, columns = shape_of(table)
-    if kind_of(table) != kind_of(weight):
+    if kind_of(table) != kind_of(weight) or _array(table).dtype != _array(weight).dtype:
         return None
     for turned, shape in ((True, (columns, rows)), (False, (rows, columns))):
         if shape_of(weight) == shape and known.of(table, False) == known.of(weight, turned):
@@ -106,5 +106,7 @@ def _equal(table: ir.Value, weight: ir.Value, turned: bool) -> bool:
 
 
 def _array(value: ir.Value) -> npt.NDArray[Any]:
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    """The numbers as they are stored, so that a lazily widened matrix is not made for a look."""
+    stored: ir.TensorProtocol | None = value.meta.get(ORIGIN, value.const_value)
+    assert stored is not None
+    return stored.numpy()

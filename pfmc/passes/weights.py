@@ -16,6 +16,9 @@ Array = npt.NDArray[Any]
 KEY_PERM = "pfmc.perm"
 """On a fixed linear: the source value equals the linear's output transposed by this."""
 
+ORIGIN = "pfmc.origin"
+"""In a value's meta: the stored tensor of the same numbers that its lazy one is made of."""
+
 TRANSPOSE_OF = "pfmc.transpose_of"
 """In the ``meta`` of a lazy transpose: the tensor that it is the transpose of."""
 

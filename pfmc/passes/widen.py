@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from pfmc.ir import vocabulary
 from pfmc.passes.base import Context, Pass, PassResult
+from pfmc.passes.weights import ORIGIN
 
 _HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -44,6 +45,8 @@ def _widen_weight(value: ir.Value) -> int:
     if tensor is None or tensor.dtype not in _HALVES:
         return 0
     value.const_value = _widened(tensor)
+    if tensor.size > 1:
+        value.meta[ORIGIN] = tensor
     value.type = ir.TensorType(ir.DataType.FLOAT)
     return 1
 
