@@ -39,11 +39,12 @@ def export(folder: Path) -> Path:
 
     root = Path(str(package.__file__)).parent / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    one = torch.ones(2, 16, dtype=torch.int64)
+    # two tensors: the exporter takes one given twice for one input and ignores the other
+    ids, mask = torch.full((2, 16), 7), torch.ones(2, 16, dtype=torch.int64)
     names = ("input_ids", "attention_mask")
     free = {0: torch.export.Dim("batch", max=512), 1: torch.export.Dim("sequence", min=2, max=512)}
     made = torch.onnx.export(
-        Encoder(AutoModel.from_pretrained(root).eval()), (one, one), dynamo=True, opset_version=20,
+        Encoder(AutoModel.from_pretrained(root).eval()), (ids, mask), dynamo=True, opset_version=20,
         input_names=list(names), output_names=[OUTPUT], dynamic_shapes={n: free for n in names},
         verbose=False,
     )  # fmt: skip
