@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pfmc.quantity import Estimate
+from pfmc.technology import Technology
 
 METRICS: Final[dict[str, tuple[str, str, str]]] = {
     # key: (unit shown, better is, what it is)
@@ -136,6 +137,20 @@ def ratio(key: str, value: Estimate, formula: str) -> Metric:
     metric = Metric(key, value, (), formula)
     value.to(metric.unit)
     return metric
+
+
+def sources(metrics: Iterable[Metric], technology: Technology) -> dict[str, Source]:
+    """Where every constant of `metrics` came from, noise laws' parameters among them, by name.
+
+    Raises:
+        UsageError: the technology does not state one of them.
+    """
+    laws = {q.name: q for law in technology.noise for q in law.parameters.values()}
+    names = sorted({n for m in metrics for n in m.value.constants})
+    found = ((n, laws.get(n) or technology.quantity(n)) for n in names)
+    return {
+        n: Source(q.low, q.value, q.high, q.unit.text, q.source, q.grade) for n, q in found
+    }
 
 
 def to_json(report: CostReport) -> dict[str, object]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from pfmc.cost import CostReport, Metric, Source, Term, ratio, total
+from pfmc.cost import CostReport, Metric, Term, ratio, sources, total
 from pfmc.errors import UsageError
 from pfmc.hardware import FabricOp, LayerSummary, Workload
 from pfmc.quantity import Estimate
@@ -32,7 +32,7 @@ def report(
     metrics = {m.key: m for m in _metrics(layers, ops, technology, workload)}
     return CostReport(
         "crossbar", technology.name, f"{workload.kind}, context {workload.context}", metrics,
-        _sources(metrics.values(), technology), validation.rows(technology),
+        sources(metrics.values(), technology), validation.rows(technology),
         notes(layers, technology),
     )  # fmt: skip
 
@@ -101,14 +101,6 @@ def _matter(
         for value, name, wafer in prices
     ])  # fmt: skip
     yield ratio("cost__nre", Estimate.exact(0.0, "USD"), _NO_MASKS)
-
-
-def _sources(metrics: Iterable[Metric], technology: Technology) -> dict[str, Source]:
-    names = {n for m in metrics for n in m.value.constants}
-    quantities = [technology.constants[n] for n in sorted(names)]
-    return {
-        q.name: Source(q.low, q.value, q.high, q.unit.text, q.source, q.grade) for q in quantities
-    }
 
 
 def notes(layers: Sequence[LayerSummary], technology: Technology) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from pfmc import technology as technologies
-from pfmc.cost import CostReport, Metric, Source, Term, ratio, total
+from pfmc.cost import CostReport, Term, ratio, sources, total
 from pfmc.quantity import Estimate
 from pfmc.technology import Technology
 
@@ -49,7 +49,7 @@ def baseline(parameters: float, technology: Technology | None = None) -> CostRep
     ]  # fmt: skip
     return CostReport(
         "gpu", tech.name, "decode, saturated", {m.key: m for m in metrics},
-        _sources(metrics, tech), (), notes(parameters),
+        sources(metrics, tech), (), notes(parameters),
     )  # fmt: skip
 
 
@@ -66,11 +66,3 @@ def notes(parameters: float) -> tuple[str, ...]:
         f"At {parameters:,.3g} parameters the scaling is an optimistic bound for the GPU: launch "
         "overheads and KV memory do not shrink with the weights, so a real GPU does worse.",
     )
-
-
-def _sources(metrics: list[Metric], tech: Technology) -> dict[str, Source]:
-    names = sorted({n for m in metrics for n in m.value.constants})
-    found = {n: tech.quantity(n) for n in names}
-    return {
-        n: Source(q.low, q.value, q.high, q.unit.text, q.source, q.grade) for n, q in found.items()
-    }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from pfmc.cost import CostReport, Metric, Source, Term, ratio, total
+from pfmc.cost import CostReport, Metric, Term, ratio, sources, total
 from pfmc.errors import UsageError
 from pfmc.hardware import FabricOp, LayerSummary, Workload
 from pfmc.quantity import Estimate
@@ -39,7 +39,7 @@ def report(
     rows = validation.rows(technology, metrics["energy__mac"].value, optics * (1.0 / products))
     return CostReport(
         "optical", technology.name, _workload(workload), metrics,
-        _sources(metrics.values(), technology), rows, validation.notes(layers, technology),
+        sources(metrics.values(), technology), rows, validation.notes(layers, technology),
     )  # fmt: skip
 
 
@@ -171,14 +171,3 @@ def _matter(
     yield total("cost__unit", size.unit_cost(tiles, t, area))
     yield ratio("cost__nre", Estimate.exact(0.0, "USD"),
                 "no mask depends on the weights: they are written, not printed")  # fmt: skip
-
-
-def _sources(metrics: Iterable[Metric], technology: Technology) -> dict[str, Source]:
-    names = {n for m in metrics for n in m.value.constants}
-    known = {**technology.constants}
-    for law in technology.noise:
-        known.update({q.name: q for q in law.parameters.values()})
-    quantities = [known[n] for n in sorted(names)]
-    return {
-        q.name: Source(q.low, q.value, q.high, q.unit.text, q.source, q.grade) for q in quantities
-    }

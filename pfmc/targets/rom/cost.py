@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from pfmc.cost import CostReport, Metric, Source, Term, Validation, ratio, total
+from pfmc.cost import CostReport, Metric, Term, Validation, ratio, sources, total
 from pfmc.hardware import FabricOp, LayerSummary, Workload
 from pfmc.quantity import Estimate
 from pfmc.targets.fabric import FabricCost, linears_in_sequence, money, static_energy
@@ -54,7 +54,7 @@ def report(
     ]  # fmt: skip
     return CostReport(
         "rom", technology.name, f"{workload.kind}, context {workload.context}, users {users}",
-        {m.key: m for m in metrics}, _sources(metrics, technology), validation, NOTES,
+        {m.key: m for m in metrics}, sources(metrics, technology), validation, NOTES,
     )  # fmt: skip
 
 
@@ -222,14 +222,3 @@ def _money(area: Metric, technology: Technology) -> list[Metric]:
         ratio("dies", count, "area__total / fabric.reticle_area, rounded up"),
         money.unit_cost(area.value, technology), money.masks(technology),
     ]  # fmt: skip
-
-
-def _sources(metrics: Iterable[Metric], technology: Technology) -> dict[str, Source]:
-    names = {n for m in metrics for n in m.value.constants}
-    return {name: source(name, technology) for name in sorted(names)}
-
-
-def source(name: str, technology: Technology) -> Source:
-    """Where a constant came from, in its stated unit."""
-    q = technology.quantity(name)
-    return Source(q.low, q.value, q.high, q.unit.text, q.source, q.grade)
