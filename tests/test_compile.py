@@ -112,8 +112,10 @@ def _drill(
     for index in range(rounds):
         out = folder / f"killed{index}.pfm"
         for _ in range(kills):
-            process = start(*words, "-o", out)
-            hits += _killed_after(process, out, rng.uniform(0, busy_s))
+            while not _killed_after(start(*words, "-o", out), out, rng.uniform(0, busy_s)):
+                shutil.rmtree(out)  # it had finished: this machine is faster than a moment ago
+                busy_s *= 0.7
+            hits += 1
             if (out / MANIFEST).exists():
                 assert not artifact.problems(out), "what looks finished is finished"
         assert start(*words, "-o", out).wait(timeout=300) == 0
