@@ -166,3 +166,12 @@ def test_every_technology_loads(name: str) -> None:
 @pytest.mark.parametrize("shelf", ["passes", "targets", "models"])
 def test_every_shelf_explains_itself(shelf: str) -> None:
     assert (library.shelf(shelf) / "README.md").is_file()
+
+
+def test_no_test_is_timed() -> None:
+    """Speed belongs in ``benchmarks/``: a test must not depend on the machine it runs on."""
+    timed = [
+        path.name for path in (ROOT / "tests").rglob("test_*.py")
+        if "process_time()" in path.read_text(encoding="utf-8") and path.name != "test_house.py"
+    ]  # fmt: skip
+    assert timed == []

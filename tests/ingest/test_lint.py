@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,9 +347,7 @@ def test_each_code(case: Case, linear: Any, save: Callable[[Any], Path]) -> None
     spoil(linear)
     data = linear.SerializeToString()
     path = save(data.replace(b"QQQQ", b"\xff\xfe\xfd\xfc"))
-    start = time.process_time()
     result = look(path)
-    assert time.process_time() - start < 3.0
     found = [f for f in result.findings if f.code == code and words in f.what]
     assert found, result.to_text()
     assert set(nodes) <= {n for f in found for n in f.nodes}
@@ -502,22 +499,8 @@ def test_a_single_error_keeps_its_words() -> None:
 def test_a_flood_of_errors_is_cut_short(linear: Any, save: Callable[[Any], Path]) -> None:
     for i in range(3 * MAX_FINDINGS):
         linear.graph.node.append(node("Relu", [f"missing{i}"], [f"r{i}"], name=f"r{i}"))
-    start = time.process_time()
     result = look(save(linear))
     assert len(result.findings) == MAX_FINDINGS
-    assert time.process_time() - start < 3.0
-
-
-def test_the_guard_takes_less_than_half_a_second_for_5000_nodes(linear: Any) -> None:
-    from pfmc.ingest.guard import Guard
-
-    last = "y"
-    for i in range(5000):
-        linear.graph.node.append(node("Add", [last, "fc.bias"], [f"r{i}"], name=f"r{i}"))
-        last = f"r{i}"
-    start = time.process_time()
-    Guard(linear, "model.onnx", frozenset()).check()
-    assert time.process_time() - start < 0.5
 
 
 def test_the_document_is_made_from_the_table() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -50,14 +48,3 @@ def test_damaged_text_is_refused() -> None:
         images.read_text(text[:-1], 3, 8)
     with pytest.raises(CorruptError, match="not a digit"):
         images.read_text(b"x" + text[1:], 3, 8)
-
-
-@pytest.mark.parametrize(("bits", "floor"), [(4, 200e6), (8, 200e6)])
-def test_emission_is_fast(bits: int, floor: float) -> None:
-    codes = codes_of(bits, 2048, 2816, 0)
-    best = float("inf")
-    for _ in range(3):
-        start = time.process_time()
-        b"".join(b.tobytes() for b in images.layer_words(codes, bits, 256, 64))
-        best = min(best, time.process_time() - start)
-    assert codes.size / best > floor
