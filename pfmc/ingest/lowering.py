@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from pfmc.errors import InputError
 from pfmc.ingest.rewrite import Builder
+from pfmc.ir import provenance
 
 
 @dataclass
@@ -77,6 +78,10 @@ class Lowering:
             raise self.refuse(f"the attribute {name!r} must be positive, not {found}")
         return found
 
+    def positive_or(self, name: str, default: int) -> int:
+        """An integer attribute above zero, or `default` if it is not there."""
+        return self.positive(name) if name in self.node.attributes else default
+
     def done(self, *results: ir.Value | None) -> None:
         """The node's outputs become `results`; a used output without a result is refused."""
         outputs = list(self.node.outputs)
@@ -95,9 +100,39 @@ class Lowering:
 
     def array(self, value: ir.Value | None, name: str) -> np.ndarray:
         """The content of a constant input."""
-        if value is None or value.const_value is None:
+        return np.asarray(self.tensor(value, name).numpy())
+
+    def tensor(self, value: ir.Value | None, name: str) -> ir.TensorProtocol:
+        """A constant input, unread."""
+        if value is None or value.const_value is None or value.is_graph_input():
             raise self.refuse(f"the input {name!r} must be a constant")
-        return np.asarray(value.const_value.numpy())
+        return value.const_value
+
+    def word(self, name: str, default: str) -> str:
+        """A text attribute."""
+        attribute = self.node.attributes.get(name)
+        if attribute is None:
+            return default
+        if attribute.type != ir.AttributeType.STRING:
+            raise self.refuse(f"the attribute {name!r} is no text")
+        return str(attribute.as_string())
+
+    def lazy(
+        self, source: ir.Value, read: Callable[[], ir.TensorProtocol],
+        kind: ir.DataType, shape: Sequence[int], name: str,
+    ) -> ir.Value:  # fmt: skip
+        """A constant that `read` computes from `source`, whose weight name it keeps, when asked."""
+        title = self.build.unique(name or "weight")
+        tensor = ir.LazyTensor(read, kind, ir.Shape(shape), name=title)
+        return self.build.initialiser(tensor, title, provenance.weight(source))
+
+    def scalar(self, number: float, like: ir.Value) -> ir.Value:
+        """A floating-point scalar of the element type of `like` (float32 if unknown)."""
+        return self.build.constant(np.array(number, dtype=float_type(like)))
+
+    def number_of(self, value: ir.Value) -> ir.Value:
+        """The one element of an int64 vector or scalar, as a scalar."""
+        return self.reshape(value, ())
 
     # shape arithmetic -----------------------------------------------------------------------
 
@@ -142,3 +177,11 @@ def last_dim(value: ir.Value | None) -> int | None:
 def rank(value: ir.Value | None) -> int | None:
     """The number of axes, if known."""
     return None if value is None or value.shape is None else len(value.shape)
+
+
+def float_type(value: ir.Value) -> np.dtype[np.generic]:
+    """The floating-point type to compute with `value` in: its own, else float32."""
+    known = value.dtype
+    if known is None or not known.is_floating_point():
+        return np.dtype(np.float32)
+    return known.numpy()

@@ -147,8 +147,45 @@ def node_int(node: ir.Node, name: str, default: int = 0) -> int:
     return node.attributes.get_int(name, default)
 
 
+def _mod(up: Upgrade) -> None:
+    """Since 28 real numbers have a remainder with the sign of the divisor as well."""
+    a, b = up.node.inputs[:2]
+    real = any(v is not None and v.dtype is not None and v.dtype.is_floating_point()
+               for v in (a, b))  # fmt: skip
+    if not real or node_int(up.node, "fmod"):
+        return
+    build = up.builder
+    rest = build.op("Mod", [a, b], {"fmod": 1})
+    signs = build.op("Mul", [build.op("Sign", [rest]), build.op("Sign", [b])])
+    against = build.op("Equal", [signs, _scalar(up, -1.0)])
+    build.replace(up.node, [build.op("Where", [against, build.op("Add", [rest, b]), rest])])
+
+
 def _scatter(up: Upgrade) -> None:
     up.node.op_type = "ScatterElements"
+
+
+def _upsample(up: Upgrade) -> None:
+    """Upsample, and Resize of opset 10, count from the corner and round down."""
+    node, scales = up.node, up.take("scales")
+    mode = node.attributes.get_string("mode", "nearest")
+    if mode not in ("nearest", "linear", "bilinear"):
+        raise up.refuse(f"its mode {mode!r} is not known")
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    if scales is not None:
+        given = up.builder.constant(np.array(scales.as_floats(), np.float32))
+    if given is None:
+        raise up.refuse("it has no scales")
+    known = given.const_value
+    if mode == "nearest" and (known is None or bool((known.numpy() < 1).any())):
+        raise up.refuse("nearest to fewer points, whose rounding changed")
+    attributes = {
+        "mode": mode.removeprefix("bi"),
+        "coordinate_transformation_mode": "asymmetric",
+        "nearest_mode": "floor",
+    }
+    results = [up.builder.op("Resize", [node.inputs[0], None, given], attributes)]
+    up.builder.replace(node, results)
 
 
 def _refuse(up: Upgrade) -> None:
@@ -175,6 +212,9 @@ _REDUCTIONS_18 = [
     "ReduceSumSquare",
 ]
 
+_NEWEST = 28
+"""The newest opset that is read; what changed after `OPSET` and cannot be said in it is refused."""
+
 CHANGES: dict[str, tuple[Change, ...]] = {
     "Slice": (Change(10, _slice),),
     "TopK": (Change(10, _top_k),),
@@ -189,8 +229,9 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "Hardmax": (Change(13, _softmax),),
     "BatchNormalization": (Change(15, _batch_norm),),
     "Split": (Change(18, _split),),
-    "Upsample": (Change(OPSET, _refuse),),
-    "Resize": (Change(11, _refuse),),
+    "Mod": (Change(_NEWEST + 1, _mod),),
+    "Upsample": (Change(OPSET, _upsample),),
+    "Resize": (Change(11, _upsample),),
     "RoiAlign": (Change(16, _refuse),),
     "GridSample": (Change(20, _refuse),),
     "DFT": (Change(20, _refuse),),

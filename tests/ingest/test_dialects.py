@@ -385,18 +385,7 @@ def test_rotary_embedding(form: str, interleaved: int, compare: Compare) -> None
     [
         ("GroupQueryAttention", {"num_heads": 4}, ["q"], "'kv_num_heads' must be positive, not 0"),
         ("GroupQueryAttention", {"num_heads": 3, "kv_num_heads": 2}, ["q"], "width of a head"),
-        (
-            "GroupQueryAttention",
-            {"num_heads": 2, "kv_num_heads": 1, "softcap": 3.0},
-            ["q"],
-            "softcap",
-        ),
-        (
-            "GroupQueryAttention",
-            {"num_heads": 2, "kv_num_heads": 1, "do_rotary": 1},
-            ["q"],
-            "cos_cache",
-        ),
+        ("GroupQueryAttention", {"num_heads": 2, "kv_num_heads": 1}, ["q"], "seqlens_k"),
         ("GroupQueryAttention", {"num_heads": 1.5}, ["q"], "'num_heads' is no integer"),
         ("MatMulNBits", {"K": 32, "N": 4, "block_size": 32}, ["q", "q"], "must be constants"),
         ("MatMulNBits", {"K": 32, "N": 4, "block_size": 24}, ["q", "q"], "blocks of 24"),

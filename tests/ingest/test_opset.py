@@ -49,8 +49,10 @@ class Old:
 
 
 def _kind(old: Old, index: int) -> int:
-    if old.op == "TopK" and index == 1:
+    if (old.op == "TopK" and index == 1) or old.op == "ArgMax":
         return int(I64)
+    if old.op == "Cast":
+        return int(old.attributes["to"])
     if old.op == "Dropout" and index == 1 and old.opset >= 10:
         return int(onnx.TensorProto.BOOL)
     return int(F32)
@@ -81,6 +83,43 @@ CASES = [
     Old("Softmax", 9, {"axis": 0}),
     Old("LogSoftmax", 12, {"axis": 1}),
     Old("Softmax", 13, {"axis": 1}),
+    Old("Softmax", 7, {"axis": 2}),
+    Old("LogSoftmax", 7, {"axis": 2}),
+    Old("LogSoftmax", 11, {"axis": 0}),
+    Old("LogSoftmax", 12, {"axis": -2}),
+    Old("Hardmax", 12, {"axis": 1}),
+    Old("Hardmax", 9),
+    Old("Slice", 10, {}, 1, {"a": np.array([0, 1]), "b": np.array([1, 9])}),
+    Old("Slice", 7, {"starts": [-2], "ends": [2**31 - 1], "axes": [1]}),
+    Old("TopK", 10, {"axis": 1}, 2, {"k": np.array([2])}),
+    Old("TopK", 11, {"largest": 0, "sorted": 1}, 2, {"k": np.array([3])}),
+    Old("Clip", 7),
+    Old("Clip", 11, {}, 1, {"low": np.array(-0.2, np.float32)}),
+    Old("Clip", 9, {"min": -0.3}),
+    Old("Pad", 8, {"pads": [0, 1, 0, 0, 0, 1], "mode": "edge"}),
+    Old("Pad", 11, {}, 1, {"p": np.array([0, 0, 1, 0, 0, -1])}),
+    Old("Unsqueeze", 7, {"axes": [1]}),
+    Old("Unsqueeze", 11, {"axes": [-1]}),
+    Old("ReduceSum", 7, {"axes": [0, 2], "keepdims": 1}),
+    Old("ReduceSum", 11, {"axes": [-1]}),
+    Old("ReduceSum", 11),
+    *(
+        Old(f"Reduce{name}", 11, {"axes": [-1], "keepdims": 0})
+        for name in ("Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSumExp")
+    ),
+    Old("ReduceLogSum", 12, {"axes": [2]}),
+    Old("ArgMax", 11, {"axis": -1, "keepdims": 0}),
+    Old("Split", 7, {"axis": 1, "split": [1, 2]}, 2),
+    Old("Split", 12, {"axis": -1}, 4),
+    Old("Flatten", 9, {"axis": 2}),
+    Old("Cast", 9, {"to": 7}),
+    Old("Pow", 7, {}, 1, {"e": np.array(2, np.float32)}),
+    Old("LeakyRelu", 7, {"alpha": 0.1}),
+    Old("Sum", 8, {}, 1, {"b": np.ones(4, np.float32)}),
+    Old("Upsample", 7, {"scales": [1.0, 2.0, 3.0], "mode": "nearest"}),
+    Old("Upsample", 9, {"mode": "nearest"}, 1, {"s": np.array([1, 1, 1.5], np.float32)}),
+    Old("Resize", 10, {"mode": "nearest"}, 1, {"s": np.array([1, 2, 1.7], np.float32)}),
+    Old("Resize", 10, {"mode": "linear"}, 1, {"s": np.array([1, 1.7, 0.6], np.float32)}),
     Old("Dropout", 7, {"ratio": 0.3}),
     Old("Dropout", 10, {"ratio": 0.3}, 2),
     Old("Dropout", 12, {}, 1, {"ratio": np.array(0.3, np.float32)}),
@@ -130,7 +169,7 @@ def test_softmax_of_the_last_axis_stays_one_node(save: Callable[[Any], Path]) ->
             ),
             "training mode",
         ),
-        (Old("Resize", 10, {}, 1, {"s": np.ones(3, np.float32)}), "its meaning changed"),
+        (Old("Resize", 10, {}, 1, {"s": np.full(3, 0.6, np.float32)}), "nearest to fewer points"),
     ],
 )
 def test_what_cannot_be_upgraded_is_refused(
@@ -151,6 +190,55 @@ def test_batch_norm_of_an_old_opset(
     path = save(Old("BatchNormalization", 8, {}, 1, parts).proto())
     expected = session_of(path).run(None, {"x": X})[0]
     np.testing.assert_allclose(run_loaded(load(path).model, {"x": X})[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [7, 9, 11])
+def test_a_gemm_of_an_old_opset_is_a_fixed_linear(
+    opset: int, save: Callable[[Any], Path], session_of: Callable[[Any], Any]
+) -> None:
+    """Flatten, Gemm with its bias, Unsqueeze by attribute: one product with a constant."""
+    from pfmc.ir import vocabulary
+    from pfmc.passes import pipeline, recipe
+
+    from .conftest import run_model
+
+    rng = np.random.default_rng(4)
+    arrays = {"w": rng.normal(0, 1, (5, 12)), "b": rng.normal(0, 1, (1, 5))}
+    nodes = [
+        make.make_node("Flatten", ["x"], ["f"], axis=1),
+        make.make_node("Gemm", ["f", "w", "b"], ["g"], transB=1, alpha=0.5, beta=2.0, name="/fc"),
+        make.make_node("Unsqueeze", ["g"], ["y"], axes=[1]),
+    ]
+    values = [make.make_tensor_value_info(n, F32, s) for n, s in (("x", [2, 3, 4]), ("y", None))]
+    kept = [onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()]
+    graph = make.make_graph(nodes, "g", values[:1], values[1:], kept)
+    imports = [make.make_opsetid("", opset)]
+    path = save(make.make_model(graph, opset_imports=imports, ir_version=7))
+    want = session_of(path).run(None, {"x": X})[0]
+    model = pipeline.canonicalise(load(path).model, recipe.load("stream", ()).passes).model
+    assert len(vocabulary.fixed_linears(model)) == 1
+    np.testing.assert_allclose(run_model(model, {"x": X})[0], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ir_version", [3, 13, 14])
+def test_every_version_of_the_file_format(
+    ir_version: int, linear: Any, save: Callable[[Any], Path], run_loaded: Callable[..., Any]
+) -> None:
+    """ONNX Runtime 1.31 reads no IR 14; what is loaded is IR 11 and runs."""
+    x = np.ones((2, 4), np.float32)
+    want = run_loaded(load(save(linear)).model, {"x": x})[0]
+    linear.ir_version = ir_version
+    if ir_version < 4:  # initialisers were inputs as well
+        for tensor in linear.graph.initializer:
+            linear.graph.input.append(make.make_tensor_value_info(tensor.name, 1, tensor.dims))
+    np.testing.assert_array_equal(run_loaded(load(save(linear)).model, {"x": x})[0], want)
+
+
+def test_a_type_that_only_ir_14_has_is_refused(linear: Any, save: Callable[[Any], Path]) -> None:
+    linear.ir_version = 14
+    linear.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT6E2M3
+    with pytest.raises(InputError, match="FLOAT6E2M3|type"):
+        load(save(linear))
 
 
 def test_functions_are_upgraded_from_their_own_opset(
