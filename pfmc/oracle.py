@@ -8,12 +8,7 @@ int4 DequantizeLinear + MatMul into an 8-bit kernel and is no oracle any more.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pfmc.errors import InputError
+from pfmc import child
+from pfmc.child import Child
 
 Array = npt.NDArray[np.generic]
 
-_MEMORY_BYTES = 16 << 30
-_SECONDS = 1800
+SWITCH = "use_cache_branch"
+"""Input of a merged decoder; true for the branch with memory (`pfmc.ingest.branches`)."""
 
 
 @dataclass(frozen=True)
@@ -53,62 +49,31 @@ class Oracle:
         self.path, self.observe, self.threads = path, tuple(observe), threads
 
     def __enter__(self) -> Oracle:
-        self._folder = tempfile.TemporaryDirectory(prefix="pfmc-oracle-")
-        self._errors = (Path(self._folder.name) / "stderr").open("w+b")
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "pfmc.oracle"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )  # fmt: skip
-        opened = self._ask(
-            {"path": str(self.path), "observe": self.observe, "threads": self.threads}
-        )
+        self._child = Child("pfmc.oracle", "ONNX Runtime")
+        question = {"path": str(self.path), "observe": self.observe, "threads": self.threads}
+        try:
+            opened = self._child.ask(question, str(self.path))
+        except BaseException:
+            self._child.close()
+            raise
         self.signature = Signature(
             tuple((n, t, tuple(d)) for n, t, d in opened["inputs"]), tuple(opened["outputs"])
         )
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe:
-                pipe.close()
-        self._child.kill()
-        self._child.wait()
-        self._errors.close()
-        self._folder.cleanup()
+        self._child.close()
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the file once; returns every output and observed value by name."""
-        there, back = (Path(self._folder.name) / n for n in ("feeds.npz", "results.npz"))
-        np.savez(there, **{f"a{i}": v for i, v in enumerate(feeds.values())})  # type: ignore[arg-type]
-        answer = self._ask({"feeds": str(there), "names": list(feeds), "results": str(back)})
-        with np.load(back) as held:
-            return {n: held[f"a{i}"] for i, n in enumerate(answer["names"])}
+        """Runs the file once; returns every output and observed value by name.
 
-    def _ask(self, question: Mapping[str, object]) -> dict[str, Any]:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        try:
-            self._child.stdin.write(json.dumps(question).encode() + b"\n")
-            self._child.stdin.flush()
-            line = self._child.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        if not line:
-            raise InputError(
-                f"ONNX Runtime ended while running the file: {self._last_words()}",
-                where=str(self.path),
-                mend=f"its limits are {_MEMORY_BYTES >> 30} GiB of memory and {_SECONDS} CPU s",
-            )
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise InputError(f"ONNX Runtime refuses: {answer['error']}", where=str(self.path))
-        return answer
-
-    def _last_words(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {self._child.poll()}"
+        A merged decoder's switch, if it is not given, chooses the branch with memory.
+        """
+        switches = {n: d for n, kind, d in self.signature.inputs if kind == "tensor(bool)"}
+        if SWITCH in switches and SWITCH not in feeds:
+            shape = [d if isinstance(d, int) else 1 for d in switches[SWITCH]]
+            feeds = {**feeds, SWITCH: np.ones(shape, np.bool_)}
+        return self._child.run(feeds, str(self.path))
 
 
 def with_outputs(model: bytes, names: Sequence[str]) -> bytes:
@@ -134,43 +99,30 @@ def _varint(value: int) -> bytes:
 # -- the child ---------------------------------------------------------------------------------
 
 
-def _limit() -> None:
-    import resource
+class _Session:
+    """What the child holds: one session, opened by the first question."""
 
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    def __init__(self) -> None:
+        self.session: Any = None
 
+    def __call__(self, question: dict[str, Any]) -> dict[str, Any]:
+        if self.session is not None:
+            return child.exchange(question, self._run)
+        self.session = _open(question)
+        return {
+            "inputs": [[i.name, i.type, i.shape] for i in self.session.get_inputs()],
+            "outputs": [o.name for o in self.session.get_outputs()],
+        }
 
-def _questions() -> Iterator[dict[str, Any]]:
-    for line in sys.stdin.buffer:
-        yield json.loads(line)
-
-
-def _serve() -> None:
-    _limit()
-    import onnxruntime as ort
-
-    ort.set_default_logger_severity(4)
-    session: Any = None
-    for question in _questions():
-        try:
-            if session is None:
-                session = _open(question)
-                answer: dict[str, Any] = {
-                    "inputs": [[i.name, i.type, i.shape] for i in session.get_inputs()],
-                    "outputs": [o.name for o in session.get_outputs()],
-                }
-            else:
-                answer = _run(session, question)
-        except Exception as error:  # whatever ONNX Runtime says goes to the parent, in words
-            answer = {"error": str(error).strip().splitlines()[0][:500]}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        names = [o.name for o in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(None, dict(feeds)), strict=True))
 
 
 def _open(question: Mapping[str, Any]) -> Any:
     import onnxruntime as ort
 
+    ort.set_default_logger_severity(4)
     path = Path(question["path"])
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -182,13 +134,5 @@ def _open(question: Mapping[str, Any]) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _run(session: Any, question: Mapping[str, Any]) -> dict[str, Any]:
-    with np.load(question["feeds"]) as held:
-        feeds = {n: held[f"a{i}"] for i, n in enumerate(question["names"])}
-    results = session.run(None, feeds)
-    np.savez(question["results"], **{f"a{i}": r for i, r in enumerate(results)})
-    return {"names": [o.name for o in session.get_outputs()]}
-
-
 if __name__ == "__main__":
-    _serve()
+    child.serve(_Session())

@@ -19,6 +19,7 @@ from pfmc.ingest.loaded import Loaded
 from pfmc.ingest.tensors import EAGER_BYTES
 
 CONFIG = "config.json"
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -41,7 +42,10 @@ def load_checkpoint(path: str | Path, *, trust_root: Path | None = None) -> Load
     """Builds the graph of a checkpoint; its weights are views of the mapped files.
 
     Decoders get a KV memory (inputs ``past_key_values.{i}.key`` and ``.value``, outputs
-    ``present.{i}.key`` and ``.value``), encoders a padding mask. Half-precision weights are
+    ``present.{i}.key`` and ``.value``) and no padding mask: fixed hardware computes each text from
+    its first token on, so texts of one batch are equally long; export the model as ONNX if padded
+    batches must run. Encoders get a padding mask, and encoder-decoders read source and target at
+    once, without a memory. Half-precision weights are
     widened to float32 when they are read, transposes are made then, too.
 
     Args:
@@ -92,7 +96,7 @@ def _load(config_path: Path, trust_root: Path | None) -> Loaded:
 
 def _enough_layers(config: Config, stored: dict[str, Stored]) -> None:
     """Refuses a count of layers that the file cannot hold before a graph of that size is made."""
-    layers = config.integer("num_hidden_layers", "n_layer", "n_layers", default=0, low=0)
+    layers = config.integer(*_LAYERS, default=0, low=0)
     if layers > len(stored):
         raise InputError(
             f"The configuration has {layers} layers, the files only {len(stored)} tensors",

@@ -14,13 +14,21 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }  # fmt: skip
 _GROUPED = {"num_key_value_heads": 2}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64}
 _YARN = {
-    "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16,
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 16,
 }
 _LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "rope_theta": 5e5,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
 }
 _LONG = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0],
@@ -69,6 +77,44 @@ DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt_350m": ("OPTForCausalLM", "OPTConfig", {
         "ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False,
     }),
+    "llama_dynamic": ("LlamaForCausalLM", "LlamaConfig", {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4},
+        "max_position_embeddings": 8,
+    }),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_GROUPED, **_EXPERTS}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {
+        **_GROUPED, **_EXPERTS, "moe_intermediate_size": 24, "num_experts": 4,
+        "shared_expert_intermediate_size": 40, "mlp_only_layers": [1],
+    }),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {
+        **_GROUPED, **_EXPERTS, "moe_intermediate_size": 24, "head_dim": 16, "num_experts": 4,
+        "norm_topk_prob": True, "decoder_sparse_step": 2,
+    }),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {
+        **_GROUPED, **_EXPERTS, "head_dim": 16, "sliding_window": 4, "layer_types": [
+            "sliding_attention", "full_attention", "sliding_attention",
+        ],
+    }),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", {**_GROUPED, "use_qkv_bias": True}),
+    "cohere": ("CohereForCausalLM", "CohereConfig", {**_GROUPED, "use_qk_norm": True}),
+    "cohere2": ("Cohere2ForCausalLM", "Cohere2Config", {**_GROUPED, "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "olmo": ("OlmoForCausalLM", "OlmoConfig", _GROUPED),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _GROUPED),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {
+        **_GROUPED, "embedding_multiplier": 3.0, "attention_multiplier": 0.3,
+        "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    }),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {**_GROUPED, "sliding_window": 4}),
+    "phi": ("PhiForCausalLM", "PhiConfig", {"qk_layernorm": True}),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", {**_GPT2, "rotary_dim": 4}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", {}),
+    "falcon_groups": ("FalconForCausalLM", "FalconConfig", {
+        "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True,
+    }),
+    "falcon_serial": ("FalconForCausalLM", "FalconConfig", {
+        "parallel_attn": False, "multi_query": False,
+    }),
 }  # fmt: skip
 """Name -> architecture, configuration class and what is set besides `_SMALL`."""
 
@@ -91,8 +137,39 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     }),
     "vit": ("ViTModel", "ViTConfig", {"image_size": 24, "patch_size": 8}),
     "vit_classes": ("ViTForImageClassification", "ViTConfig", {"image_size": 24, "patch_size": 8}),
+    "electra": ("ElectraModel", "ElectraConfig", {"embedding_size": 16}),
+    "xlm_roberta_words": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", {"pad_token_id": 1}),
+    "mpnet": ("MPNetModel", "MPNetConfig", {"pad_token_id": 1}),
+    "deit": ("DeiTModel", "DeiTConfig", {"image_size": 24, "patch_size": 8}),
+    "dinov2": ("Dinov2Model", "Dinov2Config", {"image_size": 24, "patch_size": 8}),
+    "clip_vision": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {
+        "image_size": 24, "patch_size": 8, "projection_dim": 16,
+    }),
+    "clip_text": ("CLIPTextModelWithProjection", "CLIPTextConfig", {
+        "projection_dim": 16, "eos_token_id": 5,
+    }),
 }  # fmt: skip
 """The same for encoders."""
+
+_T5 = {"d_model": 32, "d_kv": 6, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+_TWO_SIDES = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 48,
+}  # fmt: skip
+SEQ2SEQ: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5": ("T5ForConditionalGeneration", "T5Config", {
+        **_T5, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+    }),
+    "t5_untied": ("T5ForConditionalGeneration", "T5Config", {
+        **_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    }),
+    "t5_encoder": ("T5EncoderModel", "T5Config", _T5),
+    "bart": ("BartForConditionalGeneration", "BartConfig", {**_TWO_SIDES, "scale_embedding": True}),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", {
+        **_TWO_SIDES, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32,
+    }),
+}  # fmt: skip
+"""The same for encoder-decoders."""
 
 
 def make(case: tuple[str, str, dict[str, Any]], folder: Path, **saving: Any) -> Any:

@@ -59,7 +59,7 @@ def test_decoders_equal_transformers_at_once_and_in_steps(name: str, tmp_path: P
     check.require_stage(loaded.model, Stage.CANONICAL)
     runner, truth = C.Runner(loaded.model), C.truth(model, {"input_ids": IDS})
     _near(runner({"input_ids": IDS}), truth)
-    if name != "phi3_longer":  # there the keys in memory keep the frequencies of a short text
+    if name not in ("phi3_longer", "llama_dynamic"):  # keys in memory keep a short text's angles
         _near(runner.in_steps(IDS, 6, 7, 8), truth)
 
 
@@ -70,6 +70,26 @@ def test_encoders_equal_transformers_with_padding(name: str, tmp_path: Path) -> 
     check.check(loaded.model)
     feeds, shown = _feeds(loaded.model)
     _near(C.Runner(loaded.model)(feeds), C.truth(model, feeds), shown)
+
+
+@pytest.mark.parametrize("name", C.SEQ2SEQ)
+def test_both_halves_equal_transformers(name: str, tmp_path: Path) -> None:
+    model = C.make(C.SEQ2SEQ[name], tmp_path)
+    loaded = load(tmp_path)
+    check.check(loaded.model)
+    check.require_stage(loaded.model, Stage.CANONICAL)
+    inputs = {v.name for v in loaded.model.graph.inputs}
+    mask = np.ones((3, 17), np.int64)
+    mask[1, 9:] = 0
+    feeds = {
+        "input_ids": RNG.integers(3, 96, mask.shape), "attention_mask": mask,
+        "decoder_input_ids": RNG.integers(3, 96, (3, 7)),
+        "input_features": RNG.standard_normal((3, 8, 32)).astype(np.float32),
+    }  # fmt: skip
+    feeds = {k: v for k, v in feeds.items() if k in inputs}
+    found, truth = C.Runner(loaded.model)(feeds), C.truth(model, feeds)
+    shown = None if "decoder_input_ids" in feeds else mask != 0
+    _near(found, truth, shown)
 
 
 def _feeds(model: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:

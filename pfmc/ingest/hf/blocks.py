@@ -15,7 +15,11 @@ from pfmc.ingest.hf.rope import Rope
 from pfmc.ir import vocabulary
 from pfmc.ir.vocabulary import DOMAIN
 
-KEY_MASK, KEY_WINDOW = "pfmc.mask", "pfmc.window"  # as `pfmc.passes.masks` writes them
+KEY_MASK, KEY_WINDOW, KEY_SINK = (
+    "pfmc.mask",
+    "pfmc.window",
+    "pfmc.sink",
+)  # as `pfmc.passes.masks` writes them
 LOWEST = float(np.finfo(np.float32).min)
 INT, BOOL, FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
 
@@ -40,6 +44,13 @@ def layer_norm(g: Graph, x: ir.Value, at: str, eps: float, *, bias: bool = True)
     shape = (width(x),)
     shift = g.parameter(f"{at}.bias", shape) if bias else g.zeros(width(x))
     inputs = [x, g.parameter(f"{at}.weight", shape), shift]
+    return g.op("LayerNormalization", inputs, dims(x), at, axis=-1, epsilon=eps)
+
+
+def bare_norm(g: Graph, x: ir.Value, at: str, eps: float) -> ir.Value:
+    """LayerNormalization over the last axis without scale and shift."""
+    ones = g.constant(np.ones(width(x), np.float32), f"pfmc/ones_{width(x)}")
+    inputs = [x, ones, g.zeros(width(x))]
     return g.op("LayerNormalization", inputs, dims(x), at, axis=-1, epsilon=eps)
 
 
@@ -201,10 +212,15 @@ class Frame:
         """``x[B, H, S, D]`` rotated by its positions, or the first `rope.width` numbers of it."""
         cos = self._once((rope, "Cos"), lambda: self._table(rope, "Cos"))
         sin = self._once((rope, "Sin"), lambda: self._table(rope, "Sin"))
+        near = int(rope.near)
         if rope.width == width(x):
-            return self.g.op(vocabulary.ROTARY, [x, cos, sin], dims(x), at, domain=DOMAIN)
+            return self.g.op(
+                vocabulary.ROTARY, [x, cos, sin], dims(x), at, domain=DOMAIN, interleaved=near
+            )
         left, right = halves(self.g, x, at, rope.width, width(x) - rope.width)
-        left = self.g.op(vocabulary.ROTARY, [left, cos, sin], dims(left), at, domain=DOMAIN)
+        left = self.g.op(
+            vocabulary.ROTARY, [left, cos, sin], dims(left), at, domain=DOMAIN, interleaved=near
+        )
         return self.g.op("Concat", [left, right], dims(x), at, axis=-1)
 
     def _table(self, rope: Rope, op: str) -> ir.Value:
@@ -222,17 +238,37 @@ class Frame:
         )
         column = g.op("Cast", [column], (SEQUENCE, 1), "rotary", to=int(FLOAT))
         product = g.op("Mul", [column, self._frequencies(rope)], (SEQUENCE, half), "rotary")
-        return g.op("Concat", [product, product], (SEQUENCE, rope.width), "rotary", axis=-1)
+        whole: Dims = (SEQUENCE, rope.width)
+        if not rope.near:
+            return g.op("Concat", [product, product], whole, "rotary", axis=-1)
+        pairs = g.op("Unsqueeze", [product, g.integers(2)], (SEQUENCE, half, 1), "rotary")
+        pairs = g.op("Concat", [pairs, pairs], (SEQUENCE, half, 2), "rotary", axis=-1)
+        return g.op("Reshape", [pairs, g.integers(-1, rope.width)], whole, "rotary")
 
     def _frequencies(self, rope: Rope) -> ir.Value:
         g = self.g
         short = g.constant(np.asarray(rope.frequencies, np.float32), "rotary.inv_freq")
+        if rope.stretch:
+            return self._stretched(rope, short)
         if not rope.long or rope.long == rope.frequencies:
             return short
         long = g.constant(np.asarray(rope.long, np.float32), "rotary.long_inv_freq")
         limit = g.constant(np.asarray(rope.limit, np.int64), "rotary.limit")
         beyond = g.op("Greater", [self.total, limit], (), "rotary", kind=BOOL)
         return g.op("Where", [beyond, long, short], (len(rope.long),), "rotary")
+
+    def _stretched(self, rope: Rope, short: ir.Value) -> ir.Value:
+        """``frequency * base_growth ** (-2 i / (width - 2))``; see `rope._dynamic`."""
+        g, one = self.g, self.g.number(1.0, "one")
+        length = g.op("Cast", [self.total], (), "rotary", to=int(FLOAT))
+        slope = g.number(rope.stretch / rope.limit, f"slope_{rope.stretch / rope.limit:g}")
+        less = g.number(rope.stretch - 1.0, f"less_{rope.stretch - 1.0:g}")
+        growth = g.op("Sub", [g.op("Mul", [length, slope], (), "rotary"), less], (), "rotary")
+        growth = g.op("Max", [growth, one], (), "rotary")
+        powers = np.arange(len(rope.frequencies), dtype=np.float32) * (-2.0 / (rope.width - 2))
+        shape: Dims = (len(rope.frequencies),)
+        held = g.constant(powers.astype(np.float32), "rotary.powers")
+        return g.op("Mul", [short, g.op("Pow", [growth, held], shape, "rotary")], shape, "rotary")
 
     # -- masks --------------------------------------------------------------------------------
 
@@ -268,16 +304,26 @@ class Frame:
         wanted = g.op("Concat", parts, (4,), "", kind=INT, axis=0)
         return g.op("Expand", [bias, wanted], (BATCH, 1, SEQUENCE, SEQUENCE), "")
 
-    def _near(self, window: int, both: bool) -> ir.Value:
-        """``[1, 1, sequence, total]``: whether the key is less than `window` places away."""
+    def _near(self, window: int, both: bool, *, causal: bool = False) -> ir.Value:
+        """``[1, 1, sequence, total]``: whether the key is less than `window` places away.
+
+        With `causal`, whether it also is no later; then a window of 0 is none.
+        """
         g, keys = self.g, TOTAL if self.memory else SEQUENCE
         places = self._once("keys", lambda: self._range(self._zero, self.total, keys))
         column = g.op("Unsqueeze", [self.positions, g.integers(1)], (SEQUENCE, 1), "", kind=INT)
         apart = g.op("Sub", [column, places], (SEQUENCE, keys), "", kind=INT)
         if both:
             apart = g.op("Abs", [apart], dims(apart), "", kind=INT)
-        limit = g.constant(np.asarray(window, np.int64), f"pfmc/window_{window}")
-        near = g.op("Less", [apart, limit], dims(apart), "", kind=BOOL)
+        tests = []
+        if causal:
+            tests.append(g.op("GreaterOrEqual", [apart, self._zero], dims(apart), "", kind=BOOL))
+        if window:
+            limit = g.constant(np.asarray(window, np.int64), f"pfmc/window_{window}")
+            tests.append(g.op("Less", [apart, limit], dims(apart), "", kind=BOOL))
+        near = tests[0]
+        if len(tests) == 2:
+            near = g.op("And", tests, dims(apart), "", kind=BOOL)
         shape: Dims = (1, 1, *dims(near))
         return g.op("Unsqueeze", [near, g.integers(0, 1)], shape, "", kind=BOOL)
 
@@ -294,35 +340,93 @@ class Frame:
         batch, length, count, own = dims(x)
         return self.g.op("Transpose", [x], (batch, count, length, own), at, perm=(0, 2, 1, 3))
 
+    def attend_with_sinks(
+        self, q: ir.Value, k: ir.Value, v: ir.Value, at: str, scale: float, *,
+        layer: int, window: int, sinks: ir.Value,
+    ) -> ir.Value:  # fmt: skip
+        """Causal attention in which each head has one more key of no value and of a learned score.
+
+        The keys get a row of zeros at their end, whose score stands in the mask (Xiao et al. 2023,
+        arXiv:2309.17453, section 3.3; the form of `pfmc.passes.raise_attention`).
+        """
+        g, joined = self.g, []
+        for new, past in zip((k, v), self.memory[layer], strict=True):
+            shape: Dims = (*dims(past)[:2], TOTAL, dims(past)[3])
+            joined.append(g.op("Concat", [past, new], shape, at, axis=2))
+        for kind, value in zip(("key", "value"), joined, strict=True):
+            g.remember(value, f"present.{layer}.{kind}")
+        ends = g.integers(0, 0, 0, 0, 0, 0, 1, 0)
+        padded = [
+            g.op("Pad", [x, ends], (*dims(x)[:2], f"{TOTAL} + 1", dims(x)[3]), at) for x in joined
+        ]
+        mask = self._sunk_mask(window, sinks, at)
+        y = g.op("Attention", [q, *padded, mask], dims(q), at, scale=scale, is_causal=0)
+        node = y.producer()
+        assert node is not None
+        node.metadata_props.update({KEY_MASK: "explicit", KEY_SINK: "1"})
+        return self._flat(y, at)
+
+    def _sunk_mask(self, window: int, sinks: ir.Value, at: str) -> ir.Value:
+        """``[1, heads, sequence, total + 1]``: the causal mask and the sinks' scores."""
+        g, heads = self.g, dims(sinks)[0]
+        assert isinstance(heads, int)
+        near = self._once(("causal", window), lambda: self._near(window, False, causal=True))
+        zero, low = g.number(0.0, "zero"), g.number(LOWEST, "lowest")
+        bias = g.op("Where", [near, zero, low], dims(near), at)
+        one, length = g.integers(1), self.size(self.ids, 1)
+        column = g.op("Reshape", [sinks, g.integers(1, heads, 1, 1)], (1, heads, 1, 1), at)
+        shape = g.op("Concat", [one, one, length, one], (4,), at, kind=INT, axis=0)
+        column = g.op("Expand", [column, shape], (1, heads, SEQUENCE, 1), at)
+        parts = [one, g.integers(heads), one, one]
+        wanted = g.op("Concat", parts, (4,), at, kind=INT, axis=0)
+        bias = g.op("Expand", [bias, wanted], (1, heads, SEQUENCE, TOTAL), at)
+        return g.op("Concat", [bias, column], (1, heads, SEQUENCE, f"{TOTAL} + 1"), at, axis=-1)
+
+    def _flat(self, y: ir.Value, at: str) -> ir.Value:
+        """``[B, heads, S, D]`` as ``[B, S, heads * D]``."""
+        count, own = dims(y)[1], width(y)
+        assert isinstance(count, int)
+        y = self.forward(y, at)  # the same exchange of axes leads back
+        flat = self.g.integers(0, 0, count * own)
+        return self.g.op("Reshape", [y, flat], (*dims(y)[:2], count * own), at)
+
     def attend(
         self, q: ir.Value, k: ir.Value, v: ir.Value, at: str, scale: float, *,
         layer: int | None = None, window: int = 0, softcap: float = 0.0,
+        mask: ir.Value | None = None, causal: bool = False,
     ) -> ir.Value:  # fmt: skip
-        """Attention of ``[B, heads, S, D]``, with `layer`'s memory, as ``[B, S, heads * D]``."""
-        mask = self.mask(window, both=layer is None)
+        """Attention of ``[B, heads, S, D]``, with `layer`'s memory, as ``[B, S, heads * D]``.
+
+        Args:
+            q, k, v: queries, keys and values; at: the module; scale: factor on the scores.
+            layer: whose memory is used, in decoders with one; they are causal.
+            window, softcap: as in `mask` and in the operator.
+            mask: added to the scores in place of the frame's own.
+            causal: whether it is causal without a memory.
+        """
+        given = mask is not None
+        if mask is None and not causal:
+            mask = self.mask(window, both=layer is None)
+        causal = causal or layer is not None
         inputs, shapes = [q, k, v, mask], [dims(q)]
         if layer is not None:
             inputs += self.memory[layer]
             shapes += [(*dims(m)[:2], TOTAL, dims(m)[3]) for m in self.memory[layer]]
         used = inputs[:3] if layer is None and mask is None else inputs
         made = self.g.ops(
-            "Attention", used, shapes, at, scale=scale, is_causal=int(layer is not None),
+            "Attention", used, shapes, at, scale=scale, is_causal=int(causal),
             softcap=softcap,
         )  # fmt: skip
-        self._describe(made[0], layer is not None, window)
+        self._describe(made[0], causal, window, given)
         for kind, value in zip(("key", "value"), made[1:], strict=False):
             self.g.remember(value, f"present.{layer}.{kind}")
-        y = self.forward(made[0], at)  # the same exchange of axes leads back
-        count = dims(q)[1]
-        assert isinstance(count, int)
-        flat = self.g.integers(0, 0, count * width(q))
-        return self.g.op("Reshape", [y, flat], (*dims(y)[:2], count * width(q)), at)
+        return self._flat(made[0], at)
 
-    def _describe(self, y: ir.Value, causal: bool, window: int) -> None:
+    def _describe(self, y: ir.Value, causal: bool, window: int, given: bool) -> None:
         node = y.producer()
         assert node is not None
-        kind = "explicit" if window else "causal" if causal else "padding"
-        if not causal and not window and self.shown is None:
+        kind = "explicit" if window or given else "causal" if causal else "padding"
+        if kind == "padding" and self.shown is None:
             kind = "none"
         node.metadata_props[KEY_MASK] = kind
         if window:

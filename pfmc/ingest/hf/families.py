@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pfmc.errors import InputError, did_you_mean
-from pfmc.ingest.hf import decoders, encoders, heads, modernbert, older, vision
+from pfmc.ingest.hf import (
+    decoders,
+    encoders,
+    heads,
+    modernbert,
+    more_plans,
+    older,
+    plans,
+    seq2seq,
+    vision,
+)
 from pfmc.ingest.hf.config import Config
-from pfmc.ingest.hf.decoders import Plan
 from pfmc.ingest.hf.graph import Graph
 from pfmc.ingest.hf.heads import Head
+from pfmc.ingest.hf.plans import Plan
 
 _Table = dict[str, "Architecture"]
 
@@ -41,16 +52,30 @@ class Architecture:
 
 
 def _plain(plan: Callable[[Config], Plan], head: bool) -> Callable[[Graph, Config], None]:
-    return lambda g, c: decoders.build(g, c, plan(c), head=head)
+    return lambda g, c: decoders.build(g, plan(c), head=head)
 
 
-def _both(causal: str, base: str, kind: str, plan: Callable[[Config], Plan]) -> _Table:
+def _both(
+    causal: str, base: str, kind: str, plan: Callable[[Config], Plan], *, root: str = "model.",
+    spelt: tuple[tuple[str, str], ...] = (),
+) -> _Table:  # fmt: skip
     """A decoder of Llama's kind with its head, and without."""
-    unused = ("rotary_emb.inv_freq", "lm_head.weight")
+    unused = ("rotary_emb.inv_freq", "lm_head.", ".attn.bias", ".attn.masked_bias")
     return {
-        causal: Architecture(kind, "model.", "", _plain(plan, True), unused),
-        base: Architecture(kind, "", "model.", _plain(plan, False), unused),
+        causal: Architecture(kind, root, "", _plain(plan, True), unused, spelt),
+        base: Architecture(kind, "", root, _plain(plan, False), unused, spelt),
     }
+
+
+def _simple(name: str, kind: str, plan: Callable[[Config], Plan], **options: Any) -> _Table:
+    """The same under the usual names."""
+    return _both(f"{name}ForCausalLM", f"{name}Model", kind, plan, **options)
+
+
+_MIXTRAL_SPELT = (
+    (".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."),
+    (".down_proj.", ".w2."),
+)  # fmt: skip
 
 
 def _older(
@@ -103,28 +128,72 @@ def _encoder(
     return {f"{name}Model": plain, **table}
 
 
+def _clip(name: str, kind: str, root: str, build: Callable[..., None]) -> _Table:
+    """One side of CLIP, by itself or with its projection into the common space."""
+    unused = ("position_ids", "projection.weight")
+    return {
+        name: Architecture(kind, root, "", partial(build, projected=False), unused),
+        f"{name}WithProjection": Architecture(
+            kind, root, "", partial(build, projected=True), unused[:1]
+        ),
+    }
+
+
+_SHARED_TABLES = ("embed_tokens.weight", "lm_head.weight", "proj_out.weight")
+_SEQ2SEQ = {
+    "T5ForConditionalGeneration": Architecture("t5", "", "", seq2seq.t5, _SHARED_TABLES),
+    "T5EncoderModel": Architecture("t5", "", "", seq2seq.t5_encoder, (*_SHARED_TABLES, "decoder.")),
+    "MT5ForConditionalGeneration": Architecture("mt5", "", "", seq2seq.t5, _SHARED_TABLES),
+    "BartForConditionalGeneration": Architecture(
+        "bart", "model.", "", seq2seq.bart, _SHARED_TABLES
+    ),
+    "WhisperForConditionalGeneration": Architecture(
+        "whisper", "model.", "", seq2seq.whisper, ("proj_out.weight",)
+    ),
+}
+
 _WORDS, _CLASSES = "ForMaskedLM", "ForSequenceClassification"
 
 ARCHITECTURES: dict[str, Architecture] = {
-    **_both("LlamaForCausalLM", "LlamaModel", "llama", decoders.llama),
-    **_both("MistralForCausalLM", "MistralModel", "mistral", decoders.mistral),
-    **_both("Qwen2ForCausalLM", "Qwen2Model", "qwen2", decoders.qwen2),
-    **_both("Qwen3ForCausalLM", "Qwen3Model", "qwen3", decoders.qwen3),
-    **_both("Phi3ForCausalLM", "Phi3Model", "phi3", decoders.phi3),
-    **_both("GemmaForCausalLM", "GemmaModel", "gemma", decoders.gemma),
-    **_both("Gemma2ForCausalLM", "Gemma2Model", "gemma2", decoders.gemma2),
-    **_both("Gemma3ForCausalLM", "Gemma3TextModel", "gemma3_text", decoders.gemma3),
+    **_both("LlamaForCausalLM", "LlamaModel", "llama", plans.llama),
+    **_both("MistralForCausalLM", "MistralModel", "mistral", plans.mistral),
+    **_both("Qwen2ForCausalLM", "Qwen2Model", "qwen2", plans.qwen2),
+    **_both("Qwen3ForCausalLM", "Qwen3Model", "qwen3", plans.qwen3),
+    **_both("Phi3ForCausalLM", "Phi3Model", "phi3", plans.phi3),
+    **_both("GemmaForCausalLM", "GemmaModel", "gemma", plans.gemma),
+    **_both("Gemma2ForCausalLM", "Gemma2Model", "gemma2", plans.gemma2),
+    **_both("Gemma3ForCausalLM", "Gemma3TextModel", "gemma3_text", plans.gemma3),
+    **_simple("Mixtral", "mixtral", more_plans.mixtral, spelt=_MIXTRAL_SPELT),
+    **_simple("Qwen2Moe", "qwen2_moe", more_plans.qwen2_moe),
+    **_simple("Qwen3Moe", "qwen3_moe", more_plans.qwen3_moe),
+    **_simple("GptOss", "gpt_oss", more_plans.gpt_oss),
+    **_simple("StableLm", "stablelm", more_plans.stablelm),
+    **_simple("Cohere", "cohere", more_plans.cohere),
+    **_simple("Cohere2", "cohere2", more_plans.cohere2),
+    **_simple("Olmo", "olmo", more_plans.olmo),
+    **_simple("Olmo2", "olmo2", more_plans.olmo2),
+    **_simple("Granite", "granite", more_plans.granite),
+    **_simple("Starcoder2", "starcoder2", more_plans.starcoder2),
+    **_simple("Phi", "phi", more_plans.phi),
+    **_simple("GPTJ", "gptj", more_plans.gptj, root="transformer."),
+    **_simple("Falcon", "falcon", more_plans.falcon, root="transformer."),
     **_older("GPT2LMHeadModel", "GPT2Model", "gpt2", "transformer.", older.gpt2, "lm_head"),
     **_older(
         "GPTNeoXForCausalLM", "GPTNeoXModel", "gpt_neox", "gpt_neox.", older.gpt_neox, "lm_head"
     ),
     **_older("OPTForCausalLM", "OPTModel", "opt", "model.decoder.", older.opt, "lm_head"),
+    **_SEQ2SEQ,
     **_encoder("Bert", "bert", "bert.", encoders.bert, {
         _WORDS: heads.BERT_WORDS, _CLASSES: heads.BERT_CLASSES,
     }),
     **_encoder("Roberta", "roberta", "roberta.", encoders.roberta, {
         _WORDS: heads.ROBERTA_WORDS, _CLASSES: heads.ROBERTA_CLASSES,
     }),
+    **_encoder("XLMRoberta", "xlm-roberta", "roberta.", encoders.roberta, {
+        _WORDS: heads.ROBERTA_WORDS, _CLASSES: heads.ROBERTA_CLASSES,
+    }),
+    **_encoder("Electra", "electra", "electra.", encoders.bert, {}),
+    **_encoder("MPNet", "mpnet", "mpnet.", encoders.mpnet, {_WORDS: heads.ROBERTA_WORDS}),
     **_encoder("DistilBert", "distilbert", "distilbert.", encoders.distilbert, {
         _WORDS: heads.DISTILBERT_WORDS, _CLASSES: heads.DISTILBERT_CLASSES,
     }),
@@ -134,8 +203,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     **_encoder("ViT", "vit", "vit.", vision.vit, {
         "ForImageClassification": heads.image_classes,
     }, _VIT_SPELT),
+    **_encoder("DeiT", "deit", "deit.", vision.deit, {
+        "ForImageClassification": heads.image_classes,
+    }, _VIT_SPELT),
+    "Dinov2Model": Architecture(
+        "dinov2", "", "dinov2.", _headed(vision.dinov2, vision.first_token), _OTHER_HEADS,
+        _VIT_SPELT[1:5],
+    ),
+    **_clip("CLIPVisionModel", "clip_vision_model", "vision_model.", vision.clip_vision),
+    **_clip("CLIPTextModel", "clip_text_model", "text_model.", vision.clip_text),
 }  # fmt: skip
 """Architecture -> how it is built."""
+
+
+_SUPPORTED = (
+    "Model types that are built from a checkpoint: "
+    + ", ".join(sorted({a.model_type for a in ARCHITECTURES.values()}))
+    + ". Or export the model as ONNX and compile that file"
+)
 
 
 def architecture(config: Config) -> tuple[str, Architecture]:
@@ -155,8 +240,7 @@ def architecture(config: Config) -> tuple[str, Architecture]:
         raise InputError(
             f"There is no builder for {name[:100]!r}",
             where=config.where,
-            mend=did_you_mean(name, ARCHITECTURES)
-            + " Or export the model as ONNX and compile that file",
+            mend=" ".join(filter(None, [did_you_mean(name, ARCHITECTURES), _SUPPORTED])),
         )
     found = ARCHITECTURES[name]
     if config.text("model_type") != found.model_type:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from pfmc.errors import InputError
 from pfmc.ingest.hf.stored import FLOATS, Stored
 from pfmc.ir import vocabulary
+from pfmc.ir.stored import remember
 from pfmc.ir.vocabulary import DOMAIN, KEY_SCOPE, KEY_SOURCE, KEY_VALUE, KEY_WEIGHT
 
 Dims = tuple[int | str, ...]
@@ -160,7 +161,23 @@ class Graph:
         table = self._held.get(("parameter", known or name, False, plus))
         if turned and table is not None:
             value.meta[TRANSPOSE_OF] = table.const_value
+        if known in self._used and not plus:
+            view = self.stored[known].view
+            remember(value, (lambda: view().T) if turned else view)
         return value
+
+    def slice(self, name: str, shape: tuple[int, ...], index: int) -> ir.Value:
+        """Entry `index` along the first axis of parameter `name` of this shape, as float32."""
+        known = self.find(name)
+        key = ("slice", known or name, index)
+        if key not in self._held:
+            faults = len(self._problems)
+            part = self._tensor(name, known, shape, False, 0.0)
+            if known is not None and len(self._problems) == faults:
+                part = tensor_of(self.stored[known], index=index)
+            value = self._hold(key, part, f"{known or name}.{index}")
+            value.metadata_props[KEY_WEIGHT] = known or name
+        return self._held[key]
 
     def _tensor(
         self, name: str, known: str | None, shape: tuple[int, ...], turned: bool, plus: float
@@ -226,7 +243,7 @@ class Graph:
 
     def linear(
         self, x: ir.Value, at: str, outputs: int, *, bias: bool, turned: bool = True,
-        weight: str = "", bias_name: str = "",
+        weight: str = "", bias_name: str = "", observed: bool = True,
     ) -> ir.Value:  # fmt: skip
         """The fixed linear of module `at`: ``[..., in]`` to ``[..., outputs]``.
 
@@ -236,19 +253,38 @@ class Graph:
             bias: whether it has one.
             turned: whether its weight is stored ``[out, in]``, as torch's Linear does.
             weight, bias_name: parameter names, if not ``<at>.weight`` and ``<at>.bias``.
+            observed: whether transformers' model has a module `at` with this very output.
         """
         shape = (outputs, width(x)) if turned else (width(x), outputs)
         matrix = self.parameter(weight or f"{at}.weight", shape, turned=turned)
         row = self.zeros(outputs)
         if bias:
             row = self.parameter(bias_name or f"{at}.bias", (outputs,))
+        return self._fixed(x, matrix, row, at, observed)
+
+    def expert(
+        self, x: ir.Value, at: str, stack: str, index: int, count: int, outputs: int
+    ) -> ir.Value:
+        """The fixed linear of matrix `index` of the stack ``<at>.<stack>[count, in, outputs]``.
+
+        Its bias is a row of ``<at>.<stack>_bias``; its name is ``<at>.<index>.<stack>``.
+        """
+        matrix = self.slice(f"{at}.{stack}", (count, width(x), outputs), index)
+        row = self.slice(f"{at}.{stack}_bias", (count, outputs), index)
+        return self._fixed(x, matrix, row, f"{at}.{index}.{stack}", False)
+
+    def _fixed(
+        self, x: ir.Value, matrix: ir.Value, row: ir.Value, at: str, observed: bool
+    ) -> ir.Value:
+        outputs = width(row)
         y = self.op(
             vocabulary.FIXED_LINEAR, [x, matrix, row], (*dims(x)[:-1], outputs), at,
             domain=DOMAIN, name=at,
         )  # fmt: skip
         node = y.producer()
         assert node is not None
-        node.metadata_props[KEY_VALUE] = at
+        if observed:
+            node.metadata_props[KEY_VALUE] = at
         return y
 
     # -- the end ------------------------------------------------------------------------------
@@ -267,7 +303,8 @@ class Graph:
         extra = sorted(
             n for n in self.stored if n not in self._used and not any(a in n for a in allowed)
         )
-        problems = self._problems + [f"{n} belongs to nothing" for n in extra]
+        faults = dict.fromkeys(self._problems)  # experts of one stack tell the same fault
+        problems = [*faults, *(f"{n} belongs to nothing" for n in extra)]
         if problems:
             more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise InputError(
@@ -287,9 +324,14 @@ class Graph:
         return model
 
 
-def tensor_of(stored: Stored, *, turned: bool = False, plus: float = 0.0) -> ir.TensorProtocol:
-    """A stored matrix or vector as float32, read when asked for: as it is, or its transpose."""
-    view = stored.view()
+def tensor_of(
+    stored: Stored, *, turned: bool = False, plus: float = 0.0, index: int | None = None
+) -> ir.TensorProtocol:
+    """A stored matrix or vector as float32, read when asked for: as it is, or its transpose.
+
+    With `index`, of one entry along the first axis.
+    """
+    view = stored.view() if index is None else stored.view()[index]
     if view.dtype == np.float32 and not plus and not turned:
         return ir.Tensor(view)
 

@@ -1,10 +1,10 @@
-"""Rotary frequencies of a configuration: default, linear, llama3, yarn and longrope."""
+"""Rotary frequencies of a configuration: default, linear, dynamic, llama3, yarn and longrope."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,7 +27,9 @@ class Rope:
         width: how many of a head's numbers are rotated.
         gain: factor on cosine and sine.
         long: frequencies for contexts beyond `limit` positions; empty if they are the same.
-        limit: see `long`.
+        limit: see `long` and `stretch`.
+        stretch: factor of dynamic NTK scaling of contexts beyond `limit`; 0 for none.
+        near: whether neighbours are rotated together, not the halves of a head.
     """
 
     frequencies: tuple[float, ...]
@@ -35,6 +37,8 @@ class Rope:
     gain: float = 1.0
     long: tuple[float, ...] = ()
     limit: int = 0
+    stretch: float = 0.0
+    near: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,19 @@ def _linear(want: _Want) -> Rope:
     return _made(want, want.frequencies / np.float32(want.config.real("factor", low=1e-6)))
 
 
+def _dynamic(want: _Want) -> Rope:
+    """Dynamic NTK scaling: beyond the trained length the base grows with the length of the text.
+
+    ``base' = base * (factor * length / trained - (factor - 1)) ** (width / (width - 2))``
+    (transformers, modeling_rope_utils.py).
+    """
+    factor = want.config.real("factor", low=1.0)
+    made = _made(want, want.frequencies)
+    if want.width <= 2 or factor == 1.0:
+        return made
+    return replace(made, limit=want.longest, stretch=factor)
+
+
 def _llama3(want: _Want) -> Rope:
     """Slow frequencies divided, fast ones kept, a ramp between (Llama 3.1 reference code)."""
     read, plain = want.config.real, want.frequencies
@@ -163,10 +180,11 @@ def _longrope(want: _Want) -> Rope:
 
 KINDS: dict[str, Callable[[_Want], Rope]] = {
     "default": _default,
+    "dynamic": _dynamic,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
     "su": _longrope,
 }
-"""The kinds of ``rope_type``; ``dynamic`` changes with the length of the text and is refused."""
+"""The kinds of ``rope_type``."""

@@ -80,7 +80,9 @@ def read_all(places: ExternalData) -> tuple[dict[str, Stored], tuple[SourceFile,
         raise InputError(
             f"The weights are pickles ({pickles[0]}), which can run any code when they are opened",
             where=str(folder),
-            mend="get or save them as safetensors: model.save_pretrained(folder)",
+            mend='where you trust them: python -c "from transformers import AutoModel; '
+            "AutoModel.from_pretrained('.').save_pretrained('converted')\" writes safetensors "
+            "(take the class that config.json names, to keep the head)",
         )
     raise InputError(
         f"There are no weights: neither {SINGLE} nor {INDEX}",
