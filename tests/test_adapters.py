@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pfmc.artifact import read_manifest
+from pfmc.adapt import adapt
+from pfmc.artifact import problems, read_manifest
 from pfmc.compile import Compilation, compile_model
 from pfmc.errors import InputError, UsageError
 from pfmc.oracle import Oracle
@@ -106,7 +107,9 @@ def test_cost_rows_of_every_target(target: str, make: Make) -> None:
 def test_a_merged_adapter_costs_nothing(make: Make) -> None:
     merged, plain = make("m", merge=True).report, make("p", adapter=None).report
     assert merged["cost"]["metrics"] == plain["cost"]["metrics"]
-    assert merged["passes"]["11_merge-adapter"]["notes"]["layers"] == 4
+    assert (
+        next(v for k, v in merged["passes"].items() if "merge-adapter" in k)["notes"]["layers"] == 4
+    )
 
 
 # -- the same bytes ------------------------------------------------------------------------------
@@ -128,6 +131,59 @@ def test_the_same_bytes_twice_and_other_bytes_for_another_adapter(
     with pytest.raises(UsageError, match="not the adapter"):
         find_adapter(open_machine(first.path), moved)
     assert find_adapter(open_machine(first.path), None).resolve() == adapter.resolve()
+
+
+# -- another adapter -----------------------------------------------------------------------------
+
+
+def test_another_adapter_without_compiling(
+    make: Make, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Without calibration the copy is, number for number, what a compile would give."""
+    options = {"settings": (*EIGHT, "calibration.source=none", "quantise.inputs=token")}
+    first = make("frozen", **options).path
+    assert first is not None
+    other = L.write_adapter(tmp_path / "other", L.ADAPTED)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2.0}))
+    wanted = make("wanted", adapter=other, **options).path
+    assert wanted is not None
+    done = adapt(first, other, tmp_path / "b.pfm")
+    assert set(done.layers) == set(L.ADAPTED)
+    for name in ("model.onnx", "netlist.json", "layers.json"):
+        ours, theirs = ((p / name).read_bytes() for p in (tmp_path / "b.pfm", wanted))
+        assert ours == theirs, name
+    assert problems(tmp_path / "b.pfm") == []
+    assert done.manifest["config"]["adapted_from"] == read_manifest(first).tree
+    back = adapt(tmp_path / "b.pfm", adapter, tmp_path / "a.pfm")
+    feeds = {"input_ids": np.arange(8)[None]}
+    logits = [
+        open_machine(p).run(feeds)["logits"]
+        for p in (first, back.manifest.path, tmp_path / "b.pfm", wanted)
+    ]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[2], logits[3])
+    assert np.abs(logits[0] - logits[2]).max() > 1e-3
+    rows = {r.name: r.value for r in verify(tmp_path / "b.pfm", windows=2, length=12).rows}
+    assert rows["median layer"] < 0.04
+
+
+def test_a_smaller_adapter_fits_and_a_larger_one_does_not(make: Make, tmp_path: Path) -> None:
+    first = make("small").path
+    assert first is not None
+    few = dict(list(L.ADAPTED.items())[:2])
+    small = L.write_adapter(tmp_path / "small", few, rank=2)
+    done = adapt(first, small, tmp_path / "small.pfm")
+    assert set(done.layers) == set(few)
+    rows = {r.name: r.value for r in verify(tmp_path / "small.pfm", windows=2, length=12).rows}
+    assert rows["median layer"] < 0.06
+    large = L.write_adapter(
+        tmp_path / "large", {**L.ADAPTED, "model.layers.0.mlp.up_proj": (32, 48)}, 4
+    )
+    with pytest.raises(InputError, match=r"has no side path.*rank 4, its memory only 3"):
+        adapt(first, large, tmp_path / "large.pfm")
+    with pytest.raises(UsageError, match="no writable side paths"):
+        adapt(make("none2", adapter=None).path, small, tmp_path / "no.pfm")
 
 
 # -- numbers -------------------------------------------------------------------------------------

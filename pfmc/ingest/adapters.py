@@ -29,6 +29,15 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(.+)\.lora_([AB])\.weight")
 _MOST_SHOWN = 8
+_NOT_PLAIN: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("use_dora", (None, False), "rescales the base's columns (DoRA), and the base cannot change"),
+    ("bias", (None, "none"), "trains biases, and the base's cannot change"),
+    ("modules_to_save", (None, []), "replaces whole modules, and the base's cannot change"),
+    ("trainable_token_indices", (None, [], {}), "changes rows of the embedding, which are fixed"),
+    ("layer_replication", (None, []), "builds another model out of the base's layers"),
+    ("target_parameters", (None, []), "adapts stacks of weights, not modules"),
+)
+"""Keys, what they may be, and what else would mean."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +100,7 @@ def adapter_files(
     return config, ExternalData(place, trust_root).file(WEIGHTS, str(place))
 
 
-def load_adapter(
-    folder: str | Path, model: ir.Model, *, trust_root: Path | None = None
-) -> Adapter:
+def load_adapter(folder: str | Path, model: ir.Model, *, trust_root: Path | None = None) -> Adapter:
     """Reads the adapter in `folder` and finds the fixed linears of `model` it belongs to.
 
     Args:
@@ -121,13 +128,17 @@ def load_adapter(
 
 
 def _check_kind(c: Config) -> None:
-    """Refuses what is no plain LoRA of products."""
+    """Refuses what is no plain LoRA of products.
+
+    ``fan_in_fan_out`` says how the base lies in its file and is no matter here, ``rank_pattern``
+    shows in the matrices themselves.
+    """
     c.demand("peft_type", "LORA")
-    c.demand("use_dora", False, None)
-    c.demand("bias", "none", None)
-    c.demand("modules_to_save", None, [])
-    c.demand("trainable_token_indices", None)
-    c.demand("layer_replication", None)
+    for key, allowed, why in _NOT_PLAIN:
+        if c.body.get(key) not in allowed:
+            raise c.refuse(
+                key, why, "merge it with PEFT's merge_and_unload, and compile the result"
+            )
     patterns = c.part("alpha_pattern")
     for key in patterns.body if patterns is not None else ():
         if not re.fullmatch(r"[\w.]+", key):
@@ -163,7 +174,7 @@ def _fitted(
         assert weight.const_value is not None
         sizes[str(node.name)] = tuple(weight.const_value.shape.numpy())
     made: dict[str, SidePath] = {}
-    faults = []
+    twins, faults = _twins(model), []
     for module, pair in pairs.items():
         layer = _layer_of(module, sizes)
         (rank, inputs), (outputs, other) = pair["A"].shape, pair["B"].shape
@@ -176,7 +187,8 @@ def _fitted(
             )
         else:
             down, up = tensor_of(pair["A"], turned=True), tensor_of(pair["B"], turned=True)
-            made[layer] = SidePath(layer, down, up, _scale(c, module, rank))
+            for name in (layer, *twins.get(layer, ())):
+                made[name] = SidePath(name, down, up, _scale(c, module, rank))
     if faults:
         raise InputError(
             f"The adapter does not fit the model: {_listed(faults)}", where=where,
@@ -184,6 +196,25 @@ def _fitted(
             + (c.text("base_model_name_or_path", default="") or "the adapter does not name it"),
         )  # fmt: skip
     return {name: made[name] for name in sizes if name in made}
+
+
+def _twins(model: ir.Model) -> dict[str, list[str]]:
+    """Layer -> further ones of the same weight: a module that is used more than once."""
+    found: dict[str, list[str]] = {}
+    weights = {str(n.name): _weight_of(n) for n in vocabulary.fixed_linears(model)}
+    for name, weight in weights.items():
+        first, _, number = name.rpartition(".")
+        if number.isdecimal() and weight and weights.get(first) == weight:
+            found.setdefault(first, []).append(name)
+    return found
+
+
+def _weight_of(node: ir.Node) -> tuple[object, ...]:
+    value = node.inputs[1]
+    assert value is not None
+    assert value.const_value is not None
+    name = value.metadata_props.get(vocabulary.KEY_WEIGHT, "")
+    return (name, tuple(value.const_value.shape.numpy())) if name else ()
 
 
 def _layer_of(module: str, layers: Mapping[str, object]) -> str | None:

@@ -17,10 +17,6 @@ from pfmc.ir import matcher, provenance, vocabulary
 from pfmc.passes.base import Context, Pass, PassResult
 
 
-def _read(model: ir.Model, folder: str, trust_root: str | None) -> Adapter:
-    return load_adapter(folder, model, trust_root=None if trust_root is None else Path(trust_root))
-
-
 def _notes(adapter: Adapter) -> dict[str, float | int | str]:
     ranks = sorted({path.rank for path in adapter.paths.values()})
     return {
@@ -30,7 +26,34 @@ def _notes(adapter: Adapter) -> dict[str, float | int | str]:
 
 
 @dataclass(frozen=True)
-class KeepBeside(Pass):
+class _WithAdapter(Pass):
+    """Does something with each fixed linear that an adapter names."""
+
+    adapter: str
+    trust_root: str | None = None
+
+    def apply(self, model: ir.Model, context: Context) -> PassResult:
+        """Works on every fixed linear that the adapter names.
+
+        Raises:
+            UsageError: there is no adapter in the folder.
+            InputError: it is damaged, no plain LoRA, or does not fit the model.
+        """
+        root = None if self.trust_root is None else Path(self.trust_root)
+        found = load_adapter(self.adapter, model, trust_root=root)
+        for node in vocabulary.fixed_linears(model):
+            if path := found.paths.get(str(node.name)):
+                self.adapt(model.graph, node, path)
+        vocabulary.install(model)
+        return PassResult(model, len(found.paths), (), _notes(found))
+
+    def adapt(self, graph: ir.Graph, node: ir.Node, path: SidePath) -> None:
+        """What is done with one of them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class KeepBeside(_WithAdapter):
     """Puts an adapter beside its fixed linears: the base stays fixed, the adapter writable.
 
     ``y = FixedLinear(x)`` -> ``SidePath(x, FixedLinear(x), down, scale * up)``
@@ -44,25 +67,13 @@ class KeepBeside(Pass):
 
     name: ClassVar[str] = "side-path"
 
-    adapter: str
-    trust_root: str | None = None
-
-    def apply(self, model: ir.Model, context: Context) -> PassResult:
-        """Puts a `SidePath` behind every fixed linear that the adapter names.
-
-        Raises:
-            UsageError: there is no adapter in the folder.
-            InputError: it is damaged, no plain LoRA, or does not fit the model.
-        """
-        found = _read(model, self.adapter, self.trust_root)
-        for node in vocabulary.fixed_linears(model):
-            if path := found.paths.get(str(node.name)):
-                _put_beside(model.graph, node, path)
-        vocabulary.install(model)
-        return PassResult(model, len(found.paths), (), _notes(found))
+    def adapt(self, graph: ir.Graph, node: ir.Node, path: SidePath) -> None:
+        """Puts a `SidePath` behind the linear."""
+        put_beside(graph, node, path)
 
 
-def _put_beside(graph: ir.Graph, linear: ir.Node, path: SidePath) -> None:
+def put_beside(graph: ir.Graph, linear: ir.Node, path: SidePath) -> ir.Node:
+    """Puts a `SidePath` node behind `linear`; who read the linear reads it."""
     x, y = linear.inputs[0], linear.outputs[0]
     factors = []
     for part, tensor, scaled in (("down", path.down, None), ("up", path.up, path)):
@@ -76,6 +87,7 @@ def _put_beside(graph: ir.Graph, linear: ir.Node, path: SidePath) -> None:
     out.shape, out.type = y.shape, y.type
     _take_over(graph, y, out, node)
     graph.insert_after(linear, node)
+    return node
 
 
 def _take_over(graph: ir.Graph, y: ir.Value, out: ir.Value, node: ir.Node) -> None:
@@ -95,7 +107,7 @@ def _take_over(graph: ir.Graph, y: ir.Value, out: ir.Value, node: ir.Node) -> No
 
 
 @dataclass(frozen=True)
-class MergeAdapter(Pass):
+class MergeAdapter(_WithAdapter):
     """Adds an adapter to the weights of its fixed linears, which then are fixed with it.
 
     ``FixedLinear(x, w, b)`` -> ``FixedLinear(x, w + scale * down @ up, b)``
@@ -110,21 +122,9 @@ class MergeAdapter(Pass):
 
     name: ClassVar[str] = "merge-adapter"
 
-    adapter: str
-    trust_root: str | None = None
-
-    def apply(self, model: ir.Model, context: Context) -> PassResult:
-        """Puts a lazy sum in place of every weight that the adapter names.
-
-        Raises:
-            UsageError: there is no adapter in the folder.
-            InputError: it is damaged, no plain LoRA, or does not fit the model.
-        """
-        found = _read(model, self.adapter, self.trust_root)
-        for node in vocabulary.fixed_linears(model):
-            if path := found.paths.get(str(node.name)):
-                _merge(model.graph, node, path)
-        return PassResult(model, len(found.paths), (), _notes(found))
+    def adapt(self, graph: ir.Graph, node: ir.Node, path: SidePath) -> None:
+        """Puts a lazy sum in place of the linear's weight."""
+        _merge(graph, node, path)
 
 
 def _merge(graph: ir.Graph, node: ir.Node, path: SidePath) -> None:
