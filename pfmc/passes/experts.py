@@ -66,7 +66,8 @@ class StackedProduct(Rule):
 
     ``MatMul(x[..., n, S, in], W[n, in, out])`` -> ``Concat(FixedLinear(x[..., i, :, :], W[i]))``
 
-    An x of one matrix goes through all linears.
+    An x of one matrix goes through all linears. Axes of length one in W, as in
+    ``MatMul(x[n, ..., S, in], W[n, 1, in, out])``, say which axis of x counts.
     """
 
     patterns = (Op("MatMul", (Var("x"), Constant("weight"))),)
@@ -74,23 +75,30 @@ class StackedProduct(Rule):
     def check(self, found: Match) -> str:
         """Checks that W is a stack and that x has as many matrices."""
         shape, rank = shape_of(found["weight"]), matcher.rank(found["x"])
-        if len(shape) != 3 or matcher.is_constant(found["x"]):
+        stack = _stack(shape)
+        if stack is None or matcher.is_constant(found["x"]):
             return "no product with a stack of matrices"
-        if rank is None or rank < 2:
+        count, distance = stack
+        if rank is None or rank < (2 if len(shape) == 3 else len(shape)):
             return "a product with a stack of matrices of unknown rank"
-        if rank > 2 and matcher.static_dim(found["x"], rank - 3) not in (1, shape[0]):
-            return f"a product of an unknown number of matrices with a stack of {shape[0]}"
-        return "" if shape[0] <= _MOST else f"a stack of {shape[0]} matrices"
+        here = matcher.static_dim(found["x"], rank - distance) if rank > 2 else 1
+        if count > 1 and here not in (1, count):
+            return f"a product of an unknown number of matrices with a stack of {count}"
+        return "" if count <= _MOST else f"a stack of {count} matrices"
 
     def rewrite(self, graph: ir.Graph, found: Match) -> None:
         """Splits x, applies the linears, joins their outputs."""
         x, weight = found["x"], found["weight"]
         rank = matcher.rank(x) or 2
-        count, _, width = shape_of(weight)
+        *_, height, width = shape_of(weight)
+        count, distance = _stack(shape_of(weight)) or (1, 3)
+        if len(shape_of(weight)) > 3:
+            stack = (count, height, width)
+            weight = derived(graph, weight, stack, lambda a: a.reshape(stack))
         made = _Nodes(graph, found)
         if rank == 2:
             x, rank = made.add("Unsqueeze", x, made.ints(0)), 3
-        axis = rank - 3
+        axis = rank - distance
         parts = [x] * count
         if count > 1 and matcher.rank(found["x"]) != 2 and matcher.static_dim(x, axis) == count:
             options = {"axis": axis, "num_outputs": count}
@@ -104,6 +112,15 @@ class StackedProduct(Rule):
         made.nodes.extend(linears)
         made.add("Concat", *(n.outputs[0] for n in linears), axis=axis)
         matcher.replace(found, made.nodes)
+
+
+def _stack(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """How many matrices W holds, and the axis that counts them, from the end; None: no stack."""
+    places = [i for i, n in enumerate(shape[:-2]) if n != 1]
+    if len(shape) < 3 or len(places) > 1:
+        return None
+    place = places[0] if places else len(shape) - 3
+    return shape[place], len(shape) - place
 
 
 def _inner(x: ir.Value, matrix: ir.Value, bias: ir.Value, found: Match) -> ir.Node:

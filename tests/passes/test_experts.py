@@ -94,3 +94,15 @@ def test_experts_of_a_split_stack_stay_lazy(lab: Any, floats: Any) -> None:
     lab.same(model, [Fold(), Linears(), Fold()], {"x": floats(3, 6)})
     names = [n.name for n in vocabulary.fixed_linears(model)]
     assert names == ["mlp.experts.0.up_proj", "mlp.experts.1.up_proj"]
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_stack_with_an_axis_of_one_says_which_axis_counts(
+    lab: Any, floats: Any, heads: int
+) -> None:
+    """``bhwc,hkc->bhwk`` (SAM's relative positions): one linear for each row of the table."""
+    model = lab.make(
+        "(float[4,N,5,6] x) => (float[4,N,5,7] y) { y = MatMul(x, w) }", w=floats(heads, 1, 6, 7)
+    )
+    lab.same(model, [Linears(), Fold()], {"x": floats(4, 3, 5, 6)})
+    assert len(vocabulary.fixed_linears(model)) == heads
