@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from pfmc.cli.options import Json, NotNegative, Quiet
-from pfmc.cli.output import Progress, print_json
+from pfmc.cli.output import Progress, print_json, warn_of_die
 from pfmc.errors import FileError, InputError, UsageError
 from pfmc.report.format import quantity
 
@@ -26,6 +26,7 @@ def run_(
     input: Path | None = None,
     out: Annotated[Path | None, Parameter(name=["-o", "--out"])] = None,
     max_new_tokens: NotNegative = 64,
+    start: str = "",
     greedy: bool = False,
     temperature: float = 1.0,
     top_k: NotNegative = 0,
@@ -47,13 +48,17 @@ def run_(
     path
         The artifact.
     prompt
-        Text to continue; "-" reads it from stdin.
+        Text to continue, or for the encoder to read; "-" reads it from stdin.
     input
-        .npz file with one array per input of the model.
+        .npz file with one array per input of the model. Of an encoder-decoder without
+        decoder_input_ids: what the encoder reads, and text is written.
     out
         .npz file for the outputs of --input.
     max_new_tokens
         Tokens to write at most.
+    start
+        Encoder-decoders: tokens the decoder starts with, such as 0 (T5) or 2 (BART), or
+        50258,50259,50359 (Whisper): decoder_start_token_id of config.json.
     greedy
         Always take the likeliest token.
     temperature
@@ -80,23 +85,51 @@ def run_(
     from pfmc.simulate import open_machine
     from pfmc.targets.base import Die
 
-    age_s = _seconds(age)
+    age_s = seconds_of(age)
     progress = Progress(quiet=quiet or json)
     progress("reading the artifact")
     chosen = Die(None if ideal else die, age_s, not ideal)
     machine = open_machine(path, chosen)
     progress.done()
-    if input is not None:
-        return _feed(machine, input, out, json)
-    text = sys.stdin.read() if prompt == "-" else str(prompt)
+    warn_of_die(path, [chosen.seed], age_s, quiet)
     choices: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "greedy": greedy, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "seed": seed,
     }  # fmt: skip
+    if machine.is_pair:
+        choices["start_ids"] = _tokens(start)
+    if input is not None:
+        arrays = read_arrays(input)
+        if machine.is_pair and not any("decoder" in name for name in arrays):
+            return _tell(machine, arrays, choices, json)
+        return _feed(machine, arrays, out, json)
+    text = sys.stdin.read() if prompt == "-" else str(prompt)
     return _write(machine, text, choices, json, quiet)
 
 
-def _seconds(age: str) -> float:
+def _tokens(start: str) -> list[int]:
+    """Token ids, written with commas between them."""
+    try:
+        return [int(word) for word in start.split(",") if word.strip()]
+    except ValueError as error:
+        raise UsageError(f"no token ids: {start!r}", mend="e.g. --start 0") from error
+
+
+def _tell(machine: Machine, arrays: dict[str, Any], choices: dict[str, Any], json: bool) -> int:
+    """Writes about what the encoder reads; tokens where there is no tokenizer."""
+    new = list(machine.pair().generate(arrays, **choices))
+    tokenizer = machine.tokenizer
+    text = "" if tokenizer is None else "".join(tokenizer.stream(iter(new), []))
+    if json:
+        body = {"text": text, "tokens": new, **_hardware(machine, len(new))}
+        print_json({"schema_version": 1, **body})
+    else:
+        print(text if tokenizer is not None else " ".join(map(str, new)))
+    return 0
+
+
+def seconds_of(age: str) -> float:
+    """An age like ``30s`` or ``1day`` in seconds; refuses what is none (UsageError)."""
     from pfmc.quantity import Estimate
 
     number = age.rstrip("abcdefghijklmnopqrstuvwxyz")
@@ -109,9 +142,7 @@ def _seconds(age: str) -> float:
     return age_s
 
 
-def _write(
-    machine: Machine, prompt: str, choices: dict[str, Any], json: bool, quiet: bool
-) -> int:
+def _write(machine: Machine, prompt: str, choices: dict[str, Any], json: bool, quiet: bool) -> int:
     tokenizer = machine.tokenizer
     if tokenizer is None:
         raise UsageError(
@@ -127,9 +158,13 @@ def _write(
             yield token
 
     start = time.perf_counter()
-    stream = machine.decoder().generate(ids, **choices)
+    if machine.is_pair:
+        pair = machine.pair()
+        stream, ids = pair.generate(pair.source_of(ids), **choices), []
+    else:
+        stream = machine.decoder().generate(ids, **choices)
     pieces: list[str] = []
-    if not json:
+    if not json and not machine.is_pair:
         print(prompt, end="", flush=True)
     for piece in tokenizer.stream(taken(stream), ids):
         pieces.append(piece)
@@ -174,10 +209,10 @@ def _say_speeds(machine: Machine, tokens: int, elapsed_s: float) -> None:
     )
 
 
-def _feed(machine: Machine, path: Path, out: Path | None, json: bool) -> int:
+def _feed(machine: Machine, arrays: dict[str, Any], out: Path | None, json: bool) -> int:
     import numpy as np
 
-    results = machine.run(read_arrays(path))
+    results = machine.run(arrays)
     if out is not None:
         with out.open("wb") as f:  # a path would be given the suffix .npz
             np.savez(f, **results)  # type: ignore[arg-type]

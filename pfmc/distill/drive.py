@@ -136,7 +136,15 @@ def _table_rows(ids: ir.Value) -> int | None:
     return None
 
 
-def _logits(graph: ir.Graph, rows: int | None) -> tuple[str, int]:
+def find_logits(graph: ir.Graph, rows: int | None) -> tuple[str, int]:
+    """The output of token scores ``[batch, positions, vocabulary]``, and how many tokens.
+
+    Args:
+        graph: of a model that writes; rows: of its embedding table, or None.
+
+    Raises:
+        UsageError: there is none.
+    """
     outputs = [v for v in graph.outputs if v.dtype in _FLOATS and _rank(v) in (3, -1)]
     outputs.sort(key=lambda v: v.name != "logits")
     for value in outputs:
@@ -171,7 +179,7 @@ def detect(model: ir.Model) -> Drive:
     strange = [v.name for v in graph.inputs if v.name not in known]
     if strange:
         raise UsageError(f"inputs {strange} are unknown to text generation")
-    logits, vocabulary = _logits(graph, _table_rows(ids))
+    logits, vocabulary = find_logits(graph, _table_rows(ids))
     return Drive(
         ids=ids.name or "",
         mask="" if mask is None else mask.name or "",

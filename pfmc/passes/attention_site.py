@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,20 +13,10 @@ import onnx_ir as ir
 
 from pfmc.ir import matcher, shapes
 from pfmc.ir.shapes import Dims, Shapes
+from pfmc.passes.scores import Scores, read_scores
 
 Numbered: TypeAlias = npt.NDArray[np.int64]
 Turn: TypeAlias = Callable[[Numbered], Numbered]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """``scale * (q @ kt) + masks``, read backwards from a softmax."""
-
-    product: ir.Node
-    scale: float
-    masks: tuple[ir.Value, ...]
-    nodes: tuple[ir.Node, ...]
-    softcap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ def read(softmax: ir.Node, known: Shapes) -> Site:
     if matcher.attribute(softmax, "axis", -1) not in (-1, 3):
         raise RefusedError("a softmax along another axis than the last")
     inner, sink, joining = _read_sink(softmax.inputs[0])
-    scores = _read_scores(inner)
+    scores = read_scores(inner)
     if scores is None:
         raise RefusedError("its input is not a masked product")
     product, behind = _read_output(softmax, sink is not None)
@@ -106,55 +97,6 @@ def _read_sink(
     if matcher.static_dim(sink, -1) != 1 or matcher.rank(sink) != 4:
         return value, None, ()
     return scores, sink, (node, *passed)
-
-
-def _read_scores(value: ir.Value | None) -> Scores | None:
-    """Walks back through additions of masks, scalings and fillings to the product."""
-    value = matcher.see_through(value)
-    node = value.producer() if value is not None else None
-    if node is None:
-        return None
-    if node.op_type == "MatMul":
-        return Scores(node, 1.0, (), (node,))
-    if node.op_type == "Add":
-        return _read_add(node)
-    if node.op_type in ("Mul", "Div"):
-        return _read_scaling(node)
-    return None
-
-
-def _read_add(node: ir.Node) -> Scores | None:
-    for inner, mask in ((0, 1), (1, 0)):
-        found = _read_scores(node.inputs[inner])
-        other = node.inputs[mask]
-        if found is not None and other is not None:
-            masks = (*found.masks, other)
-            nodes = (*found.nodes, node)
-            return Scores(found.product, found.scale, masks, nodes, found.softcap)
-    return None
-
-
-def _read_scaling(node: ir.Node) -> Scores | None:
-    for inner, factor in ((0, 1), (1, 0)):
-        number = matcher.scalar(node.inputs[factor])
-        if number is None or (node.op_type == "Div" and inner):
-            continue
-        if (tanh := matcher.producer(node.inputs[inner], "Tanh")) is not None:
-            return _read_softcap(node, tanh, number)
-        found = _read_scores(node.inputs[inner])
-        if found is None or found.masks or found.softcap:
-            return None
-        scale = found.scale * number if node.op_type == "Mul" else found.scale / number
-        return Scores(found.product, scale, (), (*found.nodes, node))
-    return None
-
-
-def _read_softcap(node: ir.Node, tanh: ir.Node, cap: float) -> Scores | None:
-    """``cap * tanh(scores / cap)`` (Gemma 2)."""
-    found = _read_scores(tanh.inputs[0])
-    if found is None or found.masks or found.softcap or node.op_type != "Mul" or cap <= 0:
-        return None
-    return Scores(found.product, found.scale * cap, (), (*found.nodes, tanh, node), cap)
 
 
 def _drops_last(node: ir.Node) -> bool:
@@ -284,12 +226,23 @@ def _replay(
             perm = matcher.attribute(node, "perm")
             array = array.transpose(perm)
         elif node.op_type == "Expand":
+            if not _fits(array.shape, shape):
+                return None
             array = np.broadcast_to(array, shape)
+        elif array.size != math.prod(shape):
+            return None  # a name in a shape that says something else than the operators
         else:
             array = array.reshape(shape)
     return array
 
 
+def _fits(shape: tuple[int, ...], wanted: list[int]) -> bool:
+    """Whether `shape` can be broadcast to `wanted`, which may have further axes in front."""
+    pairs = zip(shape[::-1], wanted[::-1], strict=False)
+    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in pairs)
+
+
+_MOST_NUMBERED = 1 << 25
 _SIZES = ((2, 3, 5, 7, 11, 13), (3, 2, 7, 5, 13, 11))
 
 
@@ -329,7 +282,9 @@ def _is_repetition(
     turn: Turn,
 ) -> bool:
     shape = [shapes.value_at(d, sizes) for d in dims]
-    numbered = np.arange(int(np.prod(shape))).reshape(shape)
+    if not 0 < math.prod(shape) <= _MOST_NUMBERED:
+        return False
+    numbered = np.arange(math.prod(shape)).reshape(shape)
     moved = _replay(numbered, nodes, known, sizes)
     wanted = turn(np.repeat(numbered, times, axis=1))
     return moved is not None and moved.shape == wanted.shape and bool((moved == wanted).all())
@@ -348,5 +303,5 @@ def _full_keys(kt: ir.Value) -> tuple[ir.Value, tuple[int, ...]]:
     node = matcher.producer(kt, "Transpose")
     if node is None or node.inputs[0] is None:
         return kt, (0, 1, 3, 2)
-    perm = matcher.attribute(node, "perm")
+    perm = matcher.attribute(node, "perm") or (3, 2, 1, 0)
     return node.inputs[0], (perm[0], perm[1], perm[3], perm[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +12,8 @@ import onnx_ir as ir
 from pfmc.ir import matcher, shapes, vocabulary
 from pfmc.ir.shapes import Shapes
 from pfmc.passes.base import Context, Declined, Pass, PassResult
+from pfmc.passes.full_memory import NOTE, assume_full
+from pfmc.passes.kv_names import Names, unpadded
 from pfmc.passes.masks import KEY_MASK, KEY_SINK, KEY_WINDOW, data_inputs
 from pfmc.passes.rules import where
 
@@ -32,6 +34,9 @@ _CARRIERS = frozenset(
 _WITH_CONSTANT = frozenset({"Mul", "Div", "Add", "Sub", "MatMul"})
 
 
+_RESIZERS = frozenset({"Tile", "Slice", "Split"})
+
+
 class _RefusedError(Exception):
     """The model is left as it is, with the reason."""
 
@@ -49,7 +54,10 @@ class KvMemory(Pass):
     ``.value``. Positions counted from zero (``Range(0, S)``, or the first S rows of a table) are
     counted from ``past``; a padding mask ``[batch, S]`` becomes ``[batch, past + S]``. With an
     empty past the model computes what it did. A model that has its memory already only gets the
-    canonical names; the old ones stand in ``pfmc.value`` of the graph's inputs and outputs.
+    canonical names (`pfmc.passes.kv_names`); the old ones stand in ``pfmc.value`` of the graph's
+    inputs and outputs. A sink's key and value are not remembered.
+
+    Sequences that a GroupQueryAttention takes to be of different lengths are taken to be full.
 
     Declined: encoders, models of fixed length, masks that are neither causal nor padding, and
     positions that are used for more than a rotary or a table.
@@ -63,55 +71,42 @@ class KvMemory(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> PassResult:
         """Wires the memory, or names it, or says why not."""
+        full = assume_full(model.graph)
+        notes = tuple(Declined(self.name, where(node), NOTE) for node in full[:1])
         work = _Work(model.graph, self.past)
         try:
             changed = work.run()
         except _RefusedError as refusal:
             at = where(refusal.at) if refusal.at is not None else str(model.graph.name or "model")
-            return PassResult(model, 0, (Declined(self.name, at, str(refusal)),))
-        return PassResult(model, changed, (), {"layers": len(work.attentions)})
+            refused = (*notes, Declined(self.name, at, str(refusal)))
+            return PassResult(model, len(full) + work.named, refused)
+        layers = len(work.attentions)
+        return PassResult(model, len(full) + changed, notes, {"layers": layers})
+
+
+_Present: TypeAlias = tuple[str, shapes.Dims, ir.Value]
 
 
 class _Work:
     def __init__(self, graph: ir.Graph, past: str) -> None:
         self.graph, self.past = graph, past
+        self.named = 0
         self.attentions = [n for n in graph if vocabulary.is_op(n, "Attention")]
 
     def run(self) -> int:
         if not self.attentions:
             raise _RefusedError("the model has no attention")
-        remembering = [n for n in self.attentions if _has_past(n)]
-        if remembering and len(remembering) < len(self.attentions):
-            raise _RefusedError("only some attentions have a memory", self.attentions[0])
+        names = Names(self.graph, self.attentions)
+        remembering = names.remembering
+        alone = [n for n in self.attentions if n not in remembering]
+        if remembering and any(_looks_back(n) for n in alone):
+            raise _RefusedError("only some attentions have a memory", alone[0])
         if remembering:
-            return self._name_all()
+            return names.give()
+        if names.paired:
+            self.named = names.give()
         self._wire()
-        return len(self.attentions)
-
-    # ------------------------------------------------------------ a model with memory
-
-    def _name_all(self) -> int:
-        """Gives the canonical names to a memory that is there already."""
-        changed = 0
-        pairs: list[tuple[ir.Value, str]] = []
-        for i, node in enumerate(self.attentions):
-            for kind, source, result in zip(
-                ("key", "value"), node.inputs[4:6], node.outputs[1:3], strict=True
-            ):
-                if source is None or not source.is_graph_input():
-                    raise _RefusedError("the past is not a graph input", node)
-                pairs.append((source, f"past_key_values.{i}.{kind}"))
-                pairs.append((result, f"present.{i}.{kind}"))
-                if not result.is_graph_output():
-                    self.graph.outputs.append(result)
-        renamed = [(value, name) for value, name in pairs if value.name != name]
-        for value, _ in renamed:
-            value.metadata_props.setdefault(vocabulary.KEY_VALUE, str(value.name))
-            value.name = matcher.unique_name(self.graph, f"{value.name}:renamed")
-        for value, name in renamed:
-            value.name = name
-            changed += 1
-        return changed
+        return len(self.attentions) + self.named
 
     # ------------------------------------------------------------ a model without memory
 
@@ -131,11 +126,9 @@ class _Work:
         """The number of positions, one symbol."""
         found = set()
         for node in self.attentions:
-            if KEY_SINK in node.metadata_props:
-                raise _RefusedError("an attention with a sink gets no memory", node)
-            if matcher.attribute(node, "is_causal", 0) != 1:
+            if not _looks_back(node):
                 raise _RefusedError("an attention that is not causal: no decoder", node)
-            q, k = self.shapes.shape(node.inputs[0]), self.shapes.shape(node.inputs[1])
+            q, k = self.shapes.shape(node.inputs[0]), self._known(node, 1)
             if q is None or k is None or len(q) != 4 or q[2] != k[2]:
                 raise _RefusedError("an attention of unknown lengths", node)
             if not isinstance(k[1], int) or not isinstance(k[3], int):
@@ -148,13 +141,20 @@ class _Work:
             raise _RefusedError("the sequence length is not one dimension of an input")
         return length
 
+    def _known(self, node: ir.Node, position: int) -> shapes.Dims | None:
+        """The shape of the keys (1) or values (2) of an attention, without a sink's."""
+        value = node.inputs[position]
+        return None if value is None else self.shapes.shape(unpadded(node, value))
+
     def _padding(self) -> set[ir.Value]:
         """The mask inputs; every mask must be causal, or hide columns of such an input."""
         found: set[ir.Value] = set()
         for node in self.attentions:
             mask = node.inputs[3] if len(node.inputs) > 3 else None
             kind = node.metadata_props.get(KEY_MASK, "")
-            known = kind in ("causal", "causal+padding") or KEY_WINDOW in node.metadata_props
+            known = kind in ("causal", "causal+padding") or (
+                KEY_WINDOW in node.metadata_props and "bias" not in kind
+            )
             if mask is None and kind == "causal":
                 continue
             readers = data_inputs(mask) if mask is not None else []
@@ -198,10 +198,11 @@ class _Work:
     def _remember(self, i: int, node: ir.Node, queries: shapes.Poly) -> None:
         """Gives one attention its past and present."""
         past, present = [], []
-        dims = self.shapes.shape(node.inputs[1])
+        dims = self._known(node, 1)
         assert dims is not None
         for kind, value in zip(("key", "value"), node.inputs[1:3], strict=True):
             assert value is not None
+            value = unpadded(node, value)
             width = (self.shapes.shape(value) or dims)[3]
             batch, heads = dims[0], dims[1]
             shape: shapes.Dims = (batch, heads, shapes.symbol(self.past), width)
@@ -209,6 +210,9 @@ class _Work:
             longer = shapes.add(shapes.symbol(self.past), queries)
             now: shapes.Dims = (batch, heads, longer, width)
             present.append((f"present.{i}.{kind}", now, value))
+        if KEY_SINK in node.metadata_props:
+            self._join(past, present)
+            return
         inputs = [*node.inputs[:4], *([None] * (4 - len(node.inputs))), *past]
         attributes = {name: found.value for name, found in node.attributes.items()}
         new = matcher.fresh("Attention", inputs, attributes, outputs=3)
@@ -216,11 +220,27 @@ class _Work:
         name = node.name
         matcher.substitute(node, [], [new], node.outputs[0], new.outputs[0])
         new.name = name
-        for value, (title, dims, old) in zip(new.outputs[1:], present, strict=True):
-            value.name = title
-            value.shape = _written(dims)
-            value.type = ir.TensorType(old.dtype or ir.DataType.FLOAT)
-            self._output(value, old)
+        for value, entry in zip(new.outputs[1:], present, strict=True):
+            self._hand_out(value, entry)
+
+    def _join(self, past: list[ir.Value], present: list[_Present]) -> None:
+        """Joins past and new ahead of a sink's key and value, which are not remembered."""
+        for before, entry in zip(past, present, strict=True):
+            old = entry[2]
+            users = [u for u in old.uses() if u.node.op_type == "Pad" and u.idx == 0]
+            joined = matcher.fresh("Concat", [before, old], {"axis": 2})
+            matcher.inherit(joined, [users[0].node], users[0].node)
+            self.graph.insert_before(users[0].node, [joined])
+            for use in users:
+                use.node.replace_input_with(0, joined.outputs[0])
+            self._hand_out(joined.outputs[0], entry)
+
+    def _hand_out(self, value: ir.Value, entry: _Present) -> None:
+        title, dims, old = entry
+        value.name = title
+        value.shape = _written(dims)
+        value.type = ir.TensorType(old.dtype or ir.DataType.FLOAT)
+        self._output(value, old)
 
     def _input(self, name: str, shape: shapes.Dims, kind: ir.DataType | None) -> ir.Value:
         value = ir.Value(
@@ -275,8 +295,12 @@ class _Work:
         node.replace_input_with(places[1], more.outputs[0])
 
 
-def _has_past(node: ir.Node) -> bool:
-    return len(node.inputs) > 5 and node.inputs[4] is not None
+def _looks_back(node: ir.Node) -> bool:
+    """Whether the attention is causal: by its attribute, or by the mask that holds its sink."""
+    sunk = KEY_SINK in node.metadata_props
+    kind = node.metadata_props.get(KEY_MASK, "")
+    causal = "causal" in kind or KEY_WINDOW in node.metadata_props
+    return matcher.attribute(node, "is_causal", 0) == 1 or (sunk and causal)
 
 
 def _written(dims: shapes.Dims) -> ir.Shape:
@@ -303,7 +327,10 @@ def _misuse(value: ir.Value, masks: set[ir.Node]) -> str | None:
 def _is_end(node: ir.Node, position: int) -> bool:
     if vocabulary.is_op(node, vocabulary.ROTARY, vocabulary.DOMAIN):
         return position in (1, 2)
-    if vocabulary.is_op(node, "Gather"):
+    if vocabulary.is_op(node, "GatherND") and matcher.attribute(node, "batch_dims", 0) == 0:
+        single = matcher.static_dim(node.inputs[1], -1) == 1  # rows of a table
+        return position == 1 and single and matcher.is_constant(node.inputs[0])
+    if vocabulary.is_op(node, "Gather") or vocabulary.is_op(node, "GatherElements"):
         return position == 1 and matcher.is_constant(node.inputs[0])
     if vocabulary.is_op(node, "Add"):  # a table of positions added to the embedding
         other = node.inputs[1 - position]
@@ -313,6 +340,22 @@ def _is_end(node: ir.Node, position: int) -> bool:
 
 
 def _carries(node: ir.Node) -> bool:
-    if node.op_type in _CARRIERS:
+    if node.op_type in _CARRIERS or (node.op_type in _RESIZERS and _keeps_rows(node)):
         return True
     return node.op_type in _WITH_CONSTANT and any(matcher.is_constant(v) for v in node.inputs)
+
+
+def _keeps_rows(node: ir.Node) -> bool:
+    """Whether the node cuts or repeats axes of fixed length only: never the positions."""
+    source = node.inputs[0]
+    rank = matcher.rank(source)
+    if rank is None:
+        return False
+    if node.op_type == "Split":
+        axes: tuple[int, ...] | None = (matcher.attribute(node, "axis", 0),)
+    elif node.op_type == "Slice":
+        axes = matcher.integers(node.inputs[3]) if len(node.inputs) > 3 else None
+    else:
+        times = matcher.integers(node.inputs[1])
+        axes = None if times is None else tuple(a for a, n in enumerate(times) if n != 1)
+    return axes is not None and all(matcher.static_dim(source, a) is not None for a in axes)

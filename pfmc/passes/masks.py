@@ -36,7 +36,8 @@ class Finding:
     """The meaning of a mask.
 
     Attributes:
-        kind: ``none``, ``causal``, ``padding``, ``causal+padding`` or ``explicit``.
+        kind: ``none``, ``causal``, ``padding``, ``causal+padding``, ``explicit``, or, where scores
+            of other sizes are added, ``bias`` or ``causal+bias``.
         window: positions seen, the own one included, if a sliding window was found; else 0.
         padding: the graph input ``[B, T]`` that hides columns, if one does.
         reason: why the mask stays explicit.
@@ -51,6 +52,12 @@ class Finding:
     def causal(self) -> bool:
         """Whether no position sees a later one, by proof."""
         return "causal" in self.kind or self.window > 0
+
+
+OF_PRODUCTS = "the mask depends on products or on too many nodes"
+OF_VALUES = "the mask holds other values than zero and minus infinity"
+BIASES = frozenset({OF_PRODUCTS, OF_VALUES})
+"""Reasons that tell a bias from a mask that only hides, in a way of its own."""
 
 
 def explicit(reason: str) -> Finding:
@@ -95,7 +102,7 @@ def probe(mask: ir.Value, queries: Dim, keys: Dim, known: Shapes, seed: int) -> 
     """
     nodes = _ancestors(mask)
     if nodes is None:
-        return explicit("the mask depends on products or on too many nodes")
+        return explicit(OF_PRODUCTS)
     inputs = _inputs(nodes)
     readers = data_inputs(mask)
     if len(readers) > 1:
@@ -226,7 +233,7 @@ def _classify(
     for trial in trials:
         allowed = _evaluate(mask, nodes, _feeds(inputs, trial, None), trial)
         if allowed is None or not (allowed == allowed[:1]).all():
-            return explicit("the mask holds other values than zero and minus infinity")
+            return explicit(OF_VALUES)
         bases.append(allowed[0])
     kind, window = _pattern(bases, trials)
     if not readers:

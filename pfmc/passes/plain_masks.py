@@ -19,19 +19,24 @@ class MaskMaker:
         self.graph, self.source, self.origin = graph, source, origin
         self.nodes: list[ir.Node] = []
 
-    def make(self, queries: shapes.Dim, window: int) -> ir.Value:
-        """Zero where the source is not zero (and within the window), else the lowest float."""
+    def make(self, queries: shapes.Dim, window: int, causal: bool = False) -> ir.Value:
+        """Zero where the source is not zero (and within the window), else the lowest float.
+
+        Args:
+            queries: S; window: positions seen, 0 for all.
+            causal: whether the mask itself hides later positions.
+        """
         rows = self._rows(queries)
         axes = self._constant("axes", np.asarray([1, 2], np.int64))
         shown = self.source
         if self.source.dtype != ir.DataType.BOOL:
             shown = self._node("Cast", [shown], to=int(ir.DataType.BOOL))
         shown = self._node("Unsqueeze", [shown, axes])
-        if window:
-            shown = self._node("And", [shown, self._within(rows, window)])
+        if window or causal:
+            shown = self._node("And", [shown, self._within(rows, window, causal)])
         low = self._constant("low", np.asarray(LOWEST, np.float32))
         mask = self._node("Where", [shown, self._constant("zero", np.asarray(0, np.float32)), low])
-        if not window:
+        if not window and not causal:
             one = self._constant("one", np.asarray([1], np.int64))
             shape = self._node("Concat", [one, one, rows, one], axis=0)
             mask = self._node("Expand", [mask, shape])
@@ -60,8 +65,8 @@ class MaskMaker:
             raise RefusedError("the number of queries is not a dimension of an input")
         return self._node("Shape", [home[0]], start=home[1], end=home[1] + 1)
 
-    def _within(self, rows: ir.Value, window: int) -> ir.Value:
-        """``[S, T]``: whether the key is less than `window` positions behind the query."""
+    def _within(self, rows: ir.Value, window: int, causal: bool) -> ir.Value:
+        """``[S, T]``: whether the key is less than `window` positions behind, and not ahead."""
         first = self._constant("first", np.asarray([0], np.int64))
         zero, one = (
             self._constant(n, np.asarray(i, np.int64)) for i, n in enumerate(("from", "by"))
@@ -78,4 +83,9 @@ class MaskMaker:
             ],
         )
         behind = self._node("Sub", [own, keys])
-        return self._node("Less", [behind, self._constant("window", np.asarray(window, np.int64))])
+        seen = [
+            self._node("Less", [behind, self._constant("window", np.asarray(window, np.int64))])
+        ] if window else []  # fmt: skip
+        if causal:
+            seen.append(self._node("GreaterOrEqual", [behind, zero]))
+        return seen[0] if len(seen) == 1 else self._node("And", list(seen))

@@ -8,22 +8,22 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from pfmc.ir import matcher, shapes
+from pfmc.ir import matcher
 from pfmc.ir.shapes import Shapes
+from pfmc.passes import plain_scores
 from pfmc.passes.attention_site import RefusedError, Site, read
 from pfmc.passes.base import Context, Declined, Pass, PassResult
+from pfmc.passes.lift_products import lift
 from pfmc.passes.masks import (
     KEY_MASK,
     KEY_SINK,
     KEY_WINDOW,
     Finding,
     Probe,
-    explicit,
     marks_empty_rows,
-    probe,
 )
-from pfmc.passes.plain_masks import MaskMaker
 from pfmc.passes.rules import where
+from pfmc.passes.site_masks import SiteMasks
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class RaiseAttention(Pass):
 
     The mask is computed, not matched (`pfmc.passes.masks`). Proven causal: ``is_causal=1``.
     Proven to hide the columns of a graph input: one plain mask of that input, shared by all
-    layers. Else it stays as it is. ``pfmc.mask`` tells. In rows where padding hides everything
+    layers. Of a sum whose other terms are so proven, the rest stays as a bias (ALiBi, T5's and
+    DeBERTa's relative positions, Swin). Else it stays as it is. ``pfmc.mask`` tells. Scores that
+    are filled with a very low number count as masked; products on flattened heads
+    ``[B * H, S, T]`` are brought into four dimensions first. In rows where padding hides everything
     (padded queries, which nobody reads) the result may differ from the source.
     """
 
@@ -54,7 +57,7 @@ class RaiseAttention(Pass):
         declined: list[Declined] = []
         for node in [n for n in model.graph if n.op_type == "Softmax"]:
             try:
-                work.visit(node)
+                work.start(node)
             except RefusedError as refusal:
                 declined.append(Declined(self.name, where(node), str(refusal)))
         declined.extend(Declined(self.name, at, reason) for at, reason in work.remarks)
@@ -65,12 +68,18 @@ class _Work:
     def __init__(self, graph: ir.Graph, seed: int) -> None:
         self.graph, self.seed = graph, seed
         self.shapes = Shapes(graph)
-        self.findings: dict[tuple[ir.Value, object, object], Finding] = {}
-        self.plain: dict[tuple[ir.Value, object, int], ir.Value] = {}
+        self.masks = SiteMasks(graph, self.shapes, seed)
         self.empty: dict[object, bool] = {}
         self.counts: dict[str, int] = {}
         self.remarks: list[tuple[str, str]] = []
         self.changed = 0
+
+    def start(self, softmax: ir.Node) -> None:
+        """Raises one attention, on four dimensions, or raises `RefusedError`."""
+        self.changed += plain_scores.tidy(softmax, self.shapes)
+        lifted = lift(softmax, self.shapes)
+        self.changed += lifted is not None
+        self.visit(lifted or softmax)
 
     def visit(self, softmax: ir.Node) -> None:
         """Raises one attention or raises `RefusedError`."""
@@ -79,8 +88,8 @@ class _Work:
             self._visit_sunk(softmax, site, site.sink)
             return
         memory = self._memory(site)
-        queries, keys = self._lengths(site)
-        mask, finding = self._mask(site, aligned=memory is not None or queries == keys)
+        queries, keys = self.masks.lengths(site)
+        mask, finding = self.masks.decide(site, aligned=memory is not None or queries == keys)
         before: list[ir.Node] = []
         k, v = site.k, site.v
         if site.perm is not None:
@@ -105,7 +114,7 @@ class _Work:
         """Raises one attention with a sink."""
         if not site.scores.masks:
             raise RefusedError("an attention with a sink and no mask")
-        mask = site.scores.masks[0] if len(site.scores.masks) == 1 else self._sum(site)
+        mask, finding = self.masks.sunk(site)
         new: list[ir.Node] = []
 
         def add(op_type: str, inputs: list[ir.Value], **options: object) -> ir.Value:
@@ -119,10 +128,10 @@ class _Work:
         mask = add("Expand", [mask, add("Shape", [sink])])
         mask = add("Concat", [mask, sink], axis=-1)
         new.append(matcher.fresh("Attention", [site.q, k, v, mask], _options(site, False)))
-        finding = explicit("an attention sink: its score stands in the mask")
         _describe(new[-1], finding)
         new[-1].metadata_props[KEY_SINK] = "1"
-        self.remarks.append((where(softmax), f"mask kept explicit: {finding.reason}"))
+        reason = "an attention sink: its score stands in the mask"
+        self.remarks.append((where(softmax), f"mask kept explicit: {reason}"))
         self._put(site, new, ())
         self.counts["sink"] = self.counts.get("sink", 0) + 1
         self.changed += 1
@@ -176,68 +185,6 @@ class _Work:
             matcher.inherit(node, [guard], node)
             matcher.take_place(self.graph, guard.outputs[0], output)
             matcher.remove_dead(self.graph, [guard])
-
-    def _mask(self, site: Site, aligned: bool) -> tuple[ir.Value | None, Finding]:
-        """The mask to hand to the operator, and what it means.
-
-        Unless `aligned` (as many keys as queries, or the past handed over apart) the operator
-        would count positions from another end than the mask, which then stays.
-        """
-        masks = site.scores.masks
-        if not masks:
-            return None, Finding("none")
-        whole = masks[0] if len(masks) == 1 else self._sum(site)
-        queries, keys = self._lengths(site)
-        key = (whole, queries, keys)
-        if key not in self.findings:
-            self.findings[key] = probe(whole, queries, keys, self.shapes, self.seed)
-        finding = self.findings[key]
-        if finding.causal and not aligned:
-            return self._as_it_is(site, whole), explicit("keys and queries are not aligned")
-        if finding.kind in ("none", "causal"):
-            return None, finding
-        if finding.padding is not None and site.q.dtype in (None, ir.DataType.FLOAT):
-            return self._padding(site, finding.padding, finding.window), finding
-        return self._as_it_is(site, whole), finding
-
-    def _lengths(self, site: Site) -> tuple[shapes.Dim, shapes.Dim]:
-        dims = self.shapes.shape(site.scores.product.outputs[0])
-        assert dims is not None
-        return dims[-2], dims[-1]
-
-    def _sum(self, site: Site) -> ir.Value:
-        """The sum of several masks."""
-        total = site.scores.masks[0]
-        for mask in site.scores.masks[1:]:
-            node = matcher.fresh("Add", [total, mask])
-            self._insert(node, site)
-            total = node.outputs[0]
-        return total
-
-    def _insert(self, node: ir.Node, site: Site) -> ir.Value:
-        at = site.scores.product
-        matcher.inherit(node, [at], at)
-        output = node.outputs[0]
-        output.name = matcher.unique_name(self.graph, f"{at.outputs[0].name}:{node.op_type}")
-        self.graph.insert_before(at, [node])
-        return output
-
-    def _as_it_is(self, site: Site, mask: ir.Value) -> ir.Value:
-        """The mask with the rows and columns that the operator demands."""
-        dims = self.shapes.shape(mask)
-        lengths = self._lengths(site)
-        if dims is not None and dims[-2:] == lengths:
-            return mask
-        raise RefusedError("an explicit mask that is broadcast along rows or columns")
-
-    def _padding(self, site: Site, source: ir.Value, window: int) -> ir.Value:
-        """``[B, 1, S, T]``: zero where `source` ``[B, T]`` is not zero, else the lowest float."""
-        queries, _ = self._lengths(site)
-        key = (source, queries, window)
-        if key not in self.plain:
-            maker = MaskMaker(self.graph, source, site.scores.nodes)
-            self.plain[key] = maker.make(queries, window)
-        return self.plain[key]
 
 
 def _options(site: Site, causal: bool) -> dict[str, object]:

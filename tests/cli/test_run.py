@@ -163,3 +163,31 @@ def test_an_encoder_is_fed_arrays(here: Callable[..., Any], tmp_path: Path) -> N
             assert cosine > 0.97, name
             assert body["outputs"][name]["shape"] == list(wanted.shape)
     here("run", out, "--prompt", "hello").refused(2)
+
+
+def test_an_encoder_decoder_writes_about_its_source(
+    here: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
+    """The unquantised student's tokens are held to ONNX Runtime in test_seq2seq."""
+    from pfmc.compile import compile_model
+    from pfmc.distill.text import load_tokenizer
+
+    path = ZOO / "t5__h_dyn.onnx"
+    if not path.is_file():
+        pytest.skip("t5__h_dyn.onnx is absent")
+    words = tiny.parent / "tokenizer.json"
+    compile_model(path, tmp_path / "t5.pfm", target="rom", recipe="stream", tokenizer=words)
+    ids = load_tokenizer(words).encode("w1 w2 w3")
+    np.savez(tmp_path / "x.npz", input_ids=np.array([ids]))
+    words = ("run", tmp_path / "t5.pfm", "--input", tmp_path / "x.npz", "--max-new-tokens", "4")
+    done = here(*words, "--start", "0", "--greedy", "--json").json()
+    assert len(done["tokens"]) == 4
+    said = ("run", tmp_path / "t5.pfm", "--prompt", "w1 w2 w3", "--max-new-tokens", "4")
+    told = here(*said, "--start", "0", "--greedy", "--json").json()
+    assert (told["tokens"], told["text"]) == (done["tokens"], done["text"])
+    assert here(*words, "--start", "0", "--greedy").out.strip() == done["text"].strip()
+    here(*words, "--greedy").refused(2, "no start token", "decoder_start_token_id")
+    here(*words, "--start", "x").refused(2, "no token ids", "--start 0")
+    full = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
+    np.savez(tmp_path / "x.npz", **full, decoder_input_ids=np.array([[0, 1]]))
+    assert "logits: shape [1, 2, 128]" in here(*words[:4]).out

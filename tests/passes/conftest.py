@@ -22,6 +22,7 @@ from pfmc.passes.fold import Fold
 from pfmc.passes.kv_memory import KvMemory
 from pfmc.passes.linears import Linears
 from pfmc.passes.merge_equal import MergeEqual
+from pfmc.passes.plain_operators import PlainOperators
 from pfmc.passes.raise_activations import RaiseActivations
 from pfmc.passes.raise_attention import RaiseAttention
 from pfmc.passes.raise_norms import RaiseNorms
@@ -35,6 +36,7 @@ SHARED = REPOSITORY.parent / "shared"
 CANONICAL: tuple[Pass, ...] = (
     Fold(),
     ShapeArithmetic(),
+    PlainOperators(),
     MergeEqual(),
     RaiseNorms(),
     RaiseActivations(),

@@ -50,6 +50,23 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
             "rotary_dim": 4, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0,
         }, "text",
     ),
+    "codegen": (
+        "CodeGenConfig", "CodeGenForCausalLM",
+        {
+            "vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+            "rotary_dim": 4, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0,
+        }, "text",
+    ),
+    "glm": (
+        "GlmConfig", "GlmForCausalLM", {**_PLAIN, "num_key_value_heads": 2, "head_dim": 8}, "text",
+    ),
+    "mpt": (
+        "MptConfig", "MptForCausalLM",
+        {
+            "vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+            "use_cache": False,
+        }, "text",
+    ),
     "cohere": ("CohereConfig", "CohereForCausalLM", {**_PLAIN, "num_key_value_heads": 2}, "text"),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _PLAIN, "text"),
     "stablelm": (

@@ -153,3 +153,41 @@ def test_bard_and_its_own_memory_are_the_same_model(lab: Any) -> None:
         got = _decode(lab, model, feeds, [3, 4, 7])
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
     assert lab.counts(plain) == lab.counts(remembering)
+
+
+def test_a_sink_is_not_remembered(lab: Any) -> None:
+    """gpt-oss: memory of whole keys, a window in one layer, and the sinks kept."""
+    model = lab.load("gpt_oss__h_dyn")
+    feeds = _feeds(model, np.random.default_rng(3).integers(0, 100, (BATCH, 11)))
+    wanted = lab.run(model, feeds)["logits"]
+    lab.apply(model, lab.canonical)
+    nodes = [n for n in model.graph if n.op_type == "Attention"]
+    assert [n.metadata_props.get("pfmc.window") for n in nodes] == ["8", None]
+    assert all(n.metadata_props["pfmc.sink"] == "1" for n in nodes)
+    for cuts in ([11], [1, 2, 3, 9, 10, 11]):
+        np.testing.assert_allclose(_decode(lab, model, feeds, cuts), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_memory_with_sinks_that_is_there_gets_its_names(lab: Any) -> None:
+    model = lab.load("gpt_oss__h_gen__decode")
+    lab.apply(model, lab.canonical)
+    names = [v.name for v in model.graph.inputs if v.name.startswith("past_key")]
+    assert names == [f"past_key_values.{i}.{k}" for i in (0, 1) for k in ("key", "value")]
+    assert {n.replace("past_key_values", "present") for n in names} <= {
+        v.name for v in model.graph.outputs
+    }
+
+
+@pytest.mark.parametrize("name", ["bart__h_gen__decode", "bart__h_gen__prefill", "t5__h_dyn"])
+def test_own_and_cross_memories_have_names_of_their_own(lab: Any, name: str) -> None:
+    """The encoder's keys are read, never written again, by a later step."""
+    model = lab.load(name)
+    lab.apply(model, lab.canonical)
+    wanted = [
+        f"{part}.{side}.{k}"
+        for side in ("decoder", "encoder") for part in (0, 1) for k in ("key", "value")
+    ]  # fmt: skip
+    outputs = [v.name for v in model.graph.outputs if v.name.startswith("present")]
+    assert outputs == [f"present.{w}" for w in wanted]
+    inputs = [v.name for v in model.graph.inputs if v.name.startswith("past")]
+    assert inputs == ([f"past_key_values.{w}" for w in wanted] if "decode" in name else [])

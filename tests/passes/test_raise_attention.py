@@ -174,7 +174,7 @@ def test_a_bias_that_is_no_mask_stays(lab: Any, floats: Floats) -> None:
     model = _model(lab, body, inputs)
     lab.same(model, PASSES, _feeds(floats) | {"bias": floats(1, 4, 5, 5)})
     node = _attention(model)
-    assert node.metadata_props["pfmc.mask"] == "explicit"
+    assert node.metadata_props["pfmc.mask"] == "bias"
     assert node.inputs[3].name == "bias"
 
 
@@ -333,3 +333,96 @@ def test_one_head_of_keys_for_all_queries(lab: Any, floats: Floats) -> None:
     )
     (node,) = [n for n in model.graph if n.op_type == "Attention"]
     assert [v.name for v in node.inputs] == ["q", "k", "v"]
+
+
+@pytest.mark.parametrize(
+    "fill", ["s = Where(ok, p, low)", "no = Not(ok) s = Where(no, inf, p)"], ids=["show", "hide"]
+)
+def test_filled_scores_are_masked_scores(lab: Any, floats: Floats, fill: str) -> None:
+    """GPT-2 of old and MPT: the mask chooses between scores and a very low number."""
+    body = f"{CAUSAL} {KT} p = MatMul(q, kt) {fill} w = Softmax<axis=-1>(s) y = MatMul(w, v)"
+    model = _model(lab, body)
+    assert lab.same(model, PASSES, _feeds(floats)) == []
+    assert _attention(model).metadata_props["pfmc.mask"] == "causal"
+    assert lab.counts(model) == {"Attention": 1}
+
+
+def test_a_mask_that_is_scaled_with_the_scores(lab: Any, floats: Floats) -> None:
+    """CodeGen and Falcon: (scores + mask) / root."""
+    body = (
+        f"{CAUSAL} m = Where(ok, f0, low) {KT} p = MatMul(q, kt) s0 = Add(p, m) s = Mul(s0, scale)"
+        " w = Softmax<axis=-1>(s) y = MatMul(w, v)"
+    )
+    model = _model(lab, body)
+    assert lab.same(model, PASSES, _feeds(floats)) == []
+    node = _attention(model)
+    assert (node.attributes["scale"].value, node.attributes["is_causal"].value) == (0.25, 1)
+
+
+@pytest.mark.parametrize(
+    "joined", ["b = Add(m, bias) s = Add(p, b)", "c = Add(p, bias) s = Add(c, m)"]
+)
+def test_a_bias_is_kept_and_the_causal_mask_goes(lab: Any, floats: Floats, joined: str) -> None:
+    """ALiBi and T5: what is added besides the mask, one row for all queries or one for each."""
+    for rows in (1, 5):
+        body = (
+            f"{CAUSAL} m = Where(ok, f0, low) {KT} p = MatMul(q, kt) {joined}"
+            " w = Softmax<axis=-1>(s) y = MatMul(w, v)"
+        )
+        inputs = f"float[B,4,S,8] q, float[B,4,S,8] k, float[B,4,S,8] v, float[1,4,{rows},5] bias"
+        model = _model(lab, body, inputs.replace("S", "5"), "float[B,4,5,8] y")
+        feeds = _feeds(floats) | {"bias": floats(1, 4, rows, 5)}
+        (remark,) = lab.same(model, PASSES, feeds)
+        assert "a bias is added" in remark.reason
+        node = _attention(model)
+        assert node.metadata_props["pfmc.mask"] == "causal+bias"
+        assert node.attributes["is_causal"].value == 1
+        assert lab.counts(model)["Where"] == 0
+
+
+FLAT_INPUTS = "float[B,4,S,8] q, float[B,4,T,8] k, float[B,4,T,8] v"
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        "s4 = Reshape(p, four) w4 = Softmax<axis=-1>(s4) w = Reshape(w4, three)",
+        "w = Softmax<axis=-1>(p)",
+        "h = Mul(p, scale) s4 = Reshape(h, four) w4 = Softmax<axis=-1>(s4) w = Reshape(w4, three)",
+    ],
+    ids=["softmax of four", "softmax of three", "scaled"],
+)
+def test_flattened_heads(lab: Any, floats: Floats, middle: str) -> None:
+    """BLOOM, DeBERTa and torch's MultiheadAttention multiply ``[B * H, S, D]``."""
+    body = (
+        "q3 = Reshape(q, wide) k3 = Reshape(k, wide) v3 = Reshape(v, wide)"
+        f" kt = Transpose<perm=[0,2,1]>(k3) p = MatMul(q3, kt) {middle} z = MatMul(w, v3)"
+        " y = Reshape(z, back)"
+    )
+    shapes = {"wide": [-1, 5, 8], "four": [-1, 4, 5, 5], "three": [-1, 5, 5], "back": [-1, 4, 5, 8]}
+    more = {n: np.array(d, np.int64) for n, d in shapes.items() if f"{n})" in body}
+    inputs = FLAT_INPUTS.replace("S", "5").replace("T", "5")
+    model = _model(lab, body, inputs, "float[B,4,5,8] y", **more)
+    assert lab.same(model, PASSES, _feeds(floats)) == []
+    node = _attention(model)
+    assert node.metadata_props["pfmc.mask"] == "none"
+    if "four" in body:
+        assert [v.name for v in node.inputs] == ["q", "k", "v"], "the very heads, not copies"
+
+
+def test_a_bias_on_flattened_heads(lab: Any, floats: Floats) -> None:
+    body = (
+        "q3 = Reshape(q, wide) k3 = Reshape(k, wide) v3 = Reshape(v, wide)"
+        " kt = Transpose<perm=[0,2,1]>(k3) p = MatMul(q3, kt) s = Add(p, bias)"
+        " s4 = Reshape(s, four)"
+        " w4 = Softmax<axis=-1>(s4) w = Reshape(w4, three) z = MatMul(w, v3) y = Reshape(z, back)"
+    )
+    shapes = {"wide": [-1, 5, 8], "four": [-1, 4, 5, 5], "three": [-1, 5, 5], "back": [-1, 4, 5, 8]}
+    inputs = FLAT_INPUTS.replace("B", "2").replace("S", "5").replace("T", "5")
+    model = _model(
+        lab, body, f"{inputs}, float[8,1,5] bias", "float[2,4,5,8] y",
+        **{n: np.array(d, np.int64) for n, d in shapes.items()},
+    )  # fmt: skip
+    (remark,) = lab.same(model, PASSES, _feeds(floats) | {"bias": floats(8, 1, 5)})
+    assert "the mask holds other values" in remark.reason
+    assert _attention(model).metadata_props["pfmc.mask"] == "bias"

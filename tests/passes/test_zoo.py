@@ -33,17 +33,20 @@ EXPORTED = {
     "roberta__t_static": (13, 2), "gemma2__t_static": (15, 2), "gemma3__t_static": (15, 2),
     "phi3__t_static": (9, 2), "opt__t_static": (13, 2), "modernbert__t_static": (8, 2),
     "dinov2__t_static": (13, 2), "swin__h_static": (20, 3), "whisper__t_static": (35, 6),
-    "patchtst__t_static": (14, 2), "qwen3_moe__h_dyn": (27, 2), "deberta_v2__t_static": (44, 0),
+    "patchtst__t_static": (14, 2), "qwen3_moe__h_dyn": (27, 2), "deberta_v2__t_static": (44, 2),
     "gemma2__h_dyn": (15, 2), "gemma3__h_dyn": (15, 2), "whisper__h_dyn": (35, 6),
     "phi3__h_dyn": (9, 2), "opt__h_dyn": (13, 2), "modernbert__h_dyn": (8, 2),
     "gptj__t_static": (13, 2), "cohere__t_static": (15, 2), "falcon__t_static": (9, 2),
-    "bloom__t_static": (9, 0), "olmo2__t_static": (15, 2), "stablelm__t_static": (15, 2),
-    "albert__t_static": (14, 2), "siglip__t_static": (25, 2), "convnext__t_static": (18, 0),
+    "bloom__t_static": (9, 2), "olmo2__t_static": (15, 2), "stablelm__t_static": (15, 2),
+    "albert__t_static": (14, 2), "siglip__t_static": (17, 3), "convnext__t_static": (18, 0),
     "segformer__t_static": (21, 2),
-    "deberta_v2__h_dyn": (12, 0), "patchtst__h_dyn": (14, 2), "dinov2__h_dyn": (13, 2),
+    "deberta_v2__h_dyn": (12, 2), "patchtst__h_dyn": (14, 2), "dinov2__h_dyn": (13, 2),
+    "gptj__h_dyn": (13, 2), "glm__h_dyn": (13, 2), "codegen__h_dyn": (9, 2),
+    "bloom__h_dyn": (9, 2), "mpt__t_static": (9, 2), "siglip__h_dyn": (18, 3),
 }  # fmt: skip
-"""What the zoo lacks. DeBERTa's disentangled attention stays in pieces, its relative positions
-are a product with a stack of 16 matrices (2 rows of the batch, 4 heads, c2p and p2c, 2 layers)."""
+"""What the zoo lacks. DeBERTa's relative positions are, at fixed sizes, products with a stack of
+16 matrices (2 rows of the batch, 4 heads, c2p and p2c, 2 layers); their sum is its attention's
+bias."""
 ROUNDED = {"llama_int4": 5e-3}
 """ONNX Runtime rounds the activations in front of MatMulNBits; all else is held to 1e-5."""
 
