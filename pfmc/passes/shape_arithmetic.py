@@ -18,7 +18,8 @@ class ShapeArithmetic(Pass):
     """Reads every shape as a polynomial in the input dimensions and writes it in short.
 
     A Reshape whose target is known up to one dimension gets a constant target (0 keeps a
-    dimension); a Reshape or Expand to the shape that it already has goes; integer values are
+    dimension); a Reshape or Expand to the shape that it already has goes, and so do reshapes that
+    are undone; integer values are
     made afresh from ``Shape(graph input)``, so that no activation is read for its shape alone;
     missing shapes and element types are filled in.
     """
@@ -75,6 +76,12 @@ class _Work:
         dims, result = self.shapes.shape(node.inputs[0]), self.shapes.shape(node.outputs[0])
         if result is None or self._drop_idle(node, dims, result):
             return
+        if (before := self._undone(node, result)) is not None:
+            output = node.outputs[0]
+            output.replace_all_uses_with(before)
+            self.touched.append(node)
+            self._count("idle")
+            return
         target = _target(dims, result)
         old = matcher.integers(node.inputs[1])
         if target is None or old == tuple(target):
@@ -83,6 +90,19 @@ class _Work:
         self._set_input(node, 1, matcher.add_array(self.graph, f"{node.outputs[0].name}:to", array))
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         self._count("reshapes")
+
+    def _undone(self, node: ir.Node, result: Dims) -> ir.Value | None:
+        """The value that a chain of reshapes, `node` the last of them, gives back."""
+        if node.outputs[0].is_graph_output():
+            return None
+        value = node.inputs[0]
+        while (maker := value.producer() if value is not None else None) is not None:
+            if maker.op_type not in _RESHAPES:
+                return None
+            value = maker.inputs[0]
+            if value is not None and self.shapes.shape(value) == result:
+                return value
+        return None
 
     def _expand(self, node: ir.Node) -> None:
         dims, result = self.shapes.shape(node.inputs[0]), self.shapes.shape(node.outputs[0])
@@ -218,6 +238,9 @@ class _Work:
         if removed:
             self.counts["dead"] = removed
             self.changed += removed
+
+
+_RESHAPES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 
 
 def _target(dims: Dims | None, result: Dims) -> list[int] | None:
