@@ -119,6 +119,8 @@ def _unsqueeze(shapes: Shapes, node: ir.Node) -> Found:
         return None
     rank = len(dims) + len(axes)
     places = {a % rank for a in axes}
+    if len(places) != len(axes):
+        raise ValueError(f"axes {list(axes)} name one twice")
     rest = iter(dims)
     return [tuple(1 if i in places else next(rest) for i in range(rank))]
 
@@ -159,6 +161,33 @@ def _gather_nd(shapes: Shapes, node: ir.Node) -> Found:
         return None
     depth = places[-1]
     return [(*places[:-1], *dims[depth:])] if isinstance(depth, int) else None
+
+
+def _tile(shapes: Shapes, node: ir.Node) -> Found:
+    dims, times = shapes.shape(node.inputs[0]), shapes.content(node.inputs[1])
+    if dims is None or times is None or len(dims) != len(times):
+        return None
+    return [tuple(multiply(d, n) for d, n in zip(dims, times, strict=True))]
+
+
+def _pad(shapes: Shapes, node: ir.Node) -> Found:
+    dims, pads = shapes.shape(node.inputs[0]), shapes.content(node.inputs[1])
+    axes = matcher.integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else None
+    if dims is None or pads is None:
+        return None
+    places = [a % len(dims) for a in (range(len(dims)) if axes is None else axes)]
+    found = list(dims)
+    for i, axis in enumerate(places):
+        found[axis] = add(found[axis], add(pads[i], pads[i + len(places)]))
+    return [tuple(found)]
+
+
+def _top_k(shapes: Shapes, node: ir.Node) -> Found:
+    dims, count = shapes.shape(node.inputs[0]), shapes.content(node.inputs[1])
+    if dims is None or count is None:
+        return None
+    axis = matcher.attribute(node, "axis", -1) % len(dims)
+    return [(*dims[:axis], count[0], *dims[axis + 1 :])] * 2
 
 
 def _flatten(shapes: Shapes, node: ir.Node) -> Found:
@@ -235,6 +264,12 @@ def _slice_length(dim: Dim, start: Dim | None, end: Dim | None) -> Dim | None:
         return len(range(dim)[slice(start, end)]) or None
     if isinstance(end, int) and end >= _FAR:
         end = dim
+    if multiply(dim, -1) == start and end == dim:
+        return dim
+    if isinstance(dim, Poly) and (start, end) in ((0, -1), (1, dim)):  # no dimension is 0
+        return add(dim, -1)
+    if start == 0 and end == dim:
+        return dim
     if start == 0 and isinstance(end, Poly) and all(factor > 0 for _, factor in end.terms):
         return end  # a table cut to the sequence; a longer sequence does not run in the source
     return None
@@ -305,6 +340,11 @@ def _same_content(shapes: Shapes, node: ir.Node) -> Dims | None:
     return shapes.content(node.inputs[0])
 
 
+def _negative_content(shapes: Shapes, node: ir.Node) -> Dims | None:
+    content = shapes.content(node.inputs[0])
+    return None if content is None else tuple(multiply(d, -1) for d in content)
+
+
 def _cast_content(shapes: Shapes, node: ir.Node) -> Dims | None:
     to = ir.DataType(matcher.attribute(node, "to"))
     return shapes.content(node.inputs[0]) if to in (ir.DataType.INT64, ir.DataType.INT32) else None
@@ -369,17 +409,23 @@ def _rules() -> dict[str, Rule]:
     alike = (
         "Cast CastLike Identity Sqrt Reciprocal Neg Tanh Sigmoid Erf Exp Log Abs Not Softmax Cos "
         "Sin Relu Gelu Swish IsNaN IsInf Dropout LayerNormalization RMSNormalization Rotary Clip "
-        "Round Floor Ceil LogSoftmax Quantise QuantiseToken CumSum Trilu Softplus HardSwish"
+        "Round Floor Ceil LogSoftmax Quantise QuantiseToken CumSum Trilu Softplus HardSwish "
+        "ScatterElements ScatterND Sign Elu Selu LeakyRelu Mish HardSigmoid BitwiseNot EyeLike"
     )
     both = (
         "Add Sub Mul Div Pow Max Min And Or Xor Equal Greater GreaterOrEqual Less LessOrEqual "
-        "Where SwiGLU Mod PRelu"
+        "Where SwiGLU Mod PRelu BitwiseAnd BitwiseOr BitwiseXor"
     )
     return {
         **dict.fromkeys(alike.split(), _like(0)),
         **dict.fromkeys(both.split(), _elementwise),
-        **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"], _reduce),
+        **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"], _reduce),
         "SidePath": _like(1),
+        "Trim": _like(0),
+        "GatherElements": _like(1),
+        "Pad": _pad,
+        "Tile": _tile,
+        "TopK": _top_k,
         "Shape": _shape,
         "MatMul": _matmul,
         "Gemm": _gemm,
@@ -418,6 +464,7 @@ CONTENTS: dict[str, Content] = {
     "Sub": _arithmetic(_subtract),
     "Mul": _arithmetic(multiply),
     "Div": _arithmetic(divide),
+    "Neg": _negative_content,
     "Where": _where_content,
     "ConstantOfShape": _filled_content,
 }

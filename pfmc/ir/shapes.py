@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from pfmc.errors import InputError
 from pfmc.ir import matcher, types
 from pfmc.ir.lengths import Dim as Dim
 from pfmc.ir.lengths import Dims as Dims
@@ -76,6 +77,16 @@ class Shapes:
             )
 
     def _visit(self, node: ir.Node) -> None:
+        try:
+            self._learn(node)
+        except (ArithmeticError, LookupError, ValueError) as error:
+            raise InputError(
+                f"The shapes around {node.op_type} contradict each other: {error}",
+                where=f"node {node.name!r} ({node.op_type})",
+                mend="export the model again",
+            ) from error
+
+    def _learn(self, node: ir.Node) -> None:
         rule = RULES.get(node.op_type)
         found = rule(self, node) if rule is not None else None
         if found is not None:

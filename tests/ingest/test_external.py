@@ -133,6 +133,26 @@ def test_hard_link_needs_trust(linear: Any, save: Callable[[Any], Path], tmp_pat
     assert load(path, trust_root=path.parent).files[1].size == 48
 
 
+def test_overlapping_ranges_read_what_lies_there(linear: Any, save: Callable[[Any], Path]) -> None:
+    """The bias lies inside the weight; both are only read."""
+    data = externalise(linear)
+    for tensor in linear.graph.initializer:
+        if tensor.name == "fc.bias":
+            size = len(tensor.raw_data) or 4 * int(np.prod(tensor.dims))
+            tensor.ClearField("raw_data")
+            tensor.ClearField("float_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, text in {"location": "model.data", "offset": "8", "length": str(size)}.items():
+                tensor.external_data.add(key=key, value=text)
+    path = save(linear)
+    (path.parent / "model.data").write_bytes(data)
+    held = load(path).model.graph.initializers
+    weight, bias = (held[n].const_value for n in ("fc.weight", "fc.bias"))
+    assert weight is not None
+    assert bias is not None
+    assert np.array_equal(bias.numpy(), weight.numpy().reshape(-1)[2 : 2 + bias.size])
+
+
 def test_not_a_number_outside_the_file_is_found(linear: Any, save: Callable[[Any], Path]) -> None:
     data = bytearray(externalise(linear))
     data[44:48] = b"\x00\x00\xc0\xff"

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import onnx_ir as ir
 
 from pfmc.errors import InputError, did_you_mean
+from pfmc.ir.meaning import growth
 from pfmc.ir.meaning.arrays import NUMPY, Array, Arrays, arrays_of, integers, register
 from pfmc.ir.meaning.attending import ATTENDING
 from pfmc.ir.meaning.attributes import Maker, Run, describe
@@ -59,17 +61,32 @@ def make(node: ir.Node, arrays: Arrays = NUMPY) -> Run:
 
 
 def compile_node(node: ir.Node) -> Callable[[Sequence[Array | None]], tuple[Array, ...]]:
-    """What `node` computes, for numpy arrays or a registered library's, seen from its inputs."""
+    """What `node` computes, for numpy arrays or a registered library's, seen from its inputs.
+
+    Raises:
+        InputError: `node` has no meaning here; so does the function, if the inputs do not fit it.
+    """
     runs: dict[str, Run] = {NUMPY.name: make(node)}
 
     def run(inputs: Sequence[Array | None]) -> tuple[Array, ...]:
         arrays = arrays_of(inputs)
         if arrays.name not in runs:
             runs[arrays.name] = make(node, arrays)
-        result = runs[arrays.name](*inputs)
+        growth.check(node.op_type, inputs, describe(node))
+        try:
+            result = runs[arrays.name](*inputs)
+        except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+            _misfit(node, inputs, error)
         return result if isinstance(result, tuple) else (result,)
 
     return run
+
+
+def _misfit(node: ir.Node, inputs: Sequence[Array | None], error: Exception) -> NoReturn:
+    shapes = [None if x is None else tuple(x.shape) for x in inputs]
+    raise InputError(
+        f"{node.op_type} does not run on shapes {shapes}: {error}", where=describe(node)
+    ) from error
 
 
 def unsupported(model: ir.Model) -> Counter[tuple[str, str]]:

@@ -22,7 +22,8 @@ Array: TypeAlias = Any
 def _erf(x: Array) -> Array:
     from scipy.special import erf
 
-    return erf(x)
+    wide = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
+    return np.asarray(erf(wide)).astype(x.dtype)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -46,6 +47,15 @@ def integers(x: Array) -> list[int]:
     """The elements of the small integer array `x` (any rank) as Python integers."""
     listed = x.reshape(-1).tolist()
     return [int(item) for item in listed] if listed and not isinstance(listed[0], int) else listed
+
+
+def _extreme(kind: np.dtype[Any], sign: int) -> Any:
+    """The greatest (`sign` 1) or least (-1) number of a type."""
+    if kind.kind == "b":
+        return sign > 0
+    if kind.kind in "iu":
+        return np.iinfo(kind).max if sign > 0 else np.iinfo(kind).min
+    return kind.type(sign * math.inf)
 
 
 class Arrays:
@@ -212,11 +222,15 @@ class Arrays:
         return np.mean(x, axis=axis, keepdims=keepdims, dtype=x.dtype)
 
     def max(self, x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
-        """Greatest element over `axis`."""
+        """Greatest element over `axis`; of none it is the least of the type."""
+        if x.size == 0:
+            return np.max(x, axis=axis, keepdims=keepdims, initial=_extreme(x.dtype, -1))
         return np.max(x, axis=axis, keepdims=keepdims)
 
     def min(self, x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
-        """Least element over `axis`."""
+        """Least element over `axis`; of none it is the greatest of the type."""
+        if x.size == 0:
+            return np.min(x, axis=axis, keepdims=keepdims, initial=_extreme(x.dtype, 1))
         return np.min(x, axis=axis, keepdims=keepdims)
 
     def prod(self, x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,9 @@ def _like(xp: Arrays, bound: Array, x: Array) -> Array:
     return xp.full((), bound, x.dtype, x) if isinstance(bound, float) else bound
 
 
+_NARROW = re.compile(r"float[468]|int[24]$")  # conversions that saturate in ways of their own
+
+
 def _cast(node: ir.Node, xp: Arrays) -> Run:
     kind = ir.DataType(integer(node, "to", 1))
     if kind not in _CASTS:
@@ -98,7 +102,12 @@ def _cast(node: ir.Node, xp: Arrays) -> Run:
 
 
 def _cast_like(node: ir.Node, xp: Arrays) -> Run:
-    return lambda x, like: xp.astype(x, like.dtype)
+    def run(x: Array, like: Array) -> Array:
+        if _NARROW.search(str(like.dtype)):
+            raise InputError(f"CastLike to {like.dtype} has no meaning here", where=describe(node))
+        return xp.astype(x, like.dtype)
+
+    return run
 
 
 def _is_infinite(node: ir.Node, xp: Arrays) -> Run:

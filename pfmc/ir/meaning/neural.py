@@ -7,6 +7,7 @@ import math
 import onnx_ir as ir
 
 from pfmc.errors import InputError
+from pfmc.ir import vocabulary
 from pfmc.ir.meaning.attributes import (
     Array,
     Arrays,
@@ -225,6 +226,9 @@ def _quantise_token(node: ir.Node, xp: Arrays) -> Run:
 
 
 def _rotary(node: ir.Node, xp: Arrays) -> Run:
+    if integer(node, vocabulary.INTERLEAVED, 0):
+        return lambda x, cos, sin: x * cos + _neighbours(x, xp) * sin
+
     def run(x: Array, cos: Array, sin: Array) -> Array:
         half = x.shape[-1] // 2
         turned = xp.concat([-x[..., half:], x[..., :half]], -1)
@@ -233,12 +237,22 @@ def _rotary(node: ir.Node, xp: Arrays) -> Run:
     return run
 
 
+def _neighbours(x: Array, xp: Arrays) -> Array:
+    """Every pair ``(a, b)`` of neighbours along the last axis as ``(-b, a)``."""
+    pairs = xp.reshape(x, [*x.shape[:-1], x.shape[-1] // 2, 2])
+    return xp.reshape(xp.concat([-pairs[..., 1:], pairs[..., :1]], -1), list(x.shape))
+
+
 def _swiglu(node: ir.Node, xp: Arrays) -> Run:
     return lambda gate, up: xp.silu(gate) * up
 
 
 def _side_path(node: ir.Node, xp: Arrays) -> Run:
     return lambda x, y, down, up: y + xp.matmul(xp.matmul(x, down), up)
+
+
+def _trim(node: ir.Node, xp: Arrays) -> Run:
+    return lambda y, gain, offset: y * gain + offset
 
 
 NEURAL: dict[tuple[str, str], Maker] = {
@@ -263,4 +277,5 @@ NEURAL: dict[tuple[str, str], Maker] = {
     ("pfmc", "Rotary"): _rotary,
     ("pfmc", "SidePath"): _side_path,
     ("pfmc", "SwiGLU"): _swiglu,
+    ("pfmc", "Trim"): _trim,
 }

@@ -97,7 +97,8 @@ def _arg(greatest: bool) -> Maker:
         last = integer(node, "select_last_index", 0)
 
         def run(x: Array) -> Array:
-            x = x if greatest else -x
+            if not greatest:  # -x has no place for the least integer, nor for unsigned ones
+                x = -x if "float" in str(x.dtype) else ~x
             found = xp.argmax(xp.flip(x, axis) if last else x, axis)
             found = x.shape[axis] - 1 - found if last else found
             shape = [1 if d == axis % len(x.shape) else n for d, n in enumerate(x.shape)]
