@@ -72,11 +72,32 @@ def _large(chosen: argparse.Namespace) -> Iterator[Figure]:
     return bench_large.figures(chosen.folder)
 
 
+def _frontend(_: argparse.Namespace) -> Iterator[Figure]:
+    from benchmarks import bench_frontend
+
+    return bench_frontend.figures()
+
+
+def _checkpoint(_: argparse.Namespace) -> Iterator[Figure]:
+    from benchmarks import bench_checkpoint
+
+    return bench_checkpoint.figures()
+
+
+def _distill(_: argparse.Namespace) -> Iterator[Figure]:
+    from benchmarks import bench_distill
+
+    return bench_distill.figures()
+
+
 BENCHES: dict[str, Bench] = {
     "verbs": _verbs,
+    "frontend": _frontend,
+    "checkpoint": _checkpoint,
     "simulate": _simulate,
     "layers": _layers,
     "rounding": _rounding,
+    "distill": _distill,
     "large": _large,
 }
 

@@ -14,9 +14,11 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.figure import Figure
 from benchmarks.synthetic import Shape, generate
 from pfmc.ingest.load import load
 from pfmc.passes import pipeline, recipe
@@ -77,6 +79,25 @@ def onnxscript_seconds(path: Path) -> float:
     start = time.process_time()
     optimizer.optimize(model)
     return time.process_time() - start
+
+
+def figures() -> Iterator[Figure]:
+    """CPU time from the file to the canonical graph, beside onnxscript's, and how it grows."""
+    with tempfile.TemporaryDirectory(prefix="pfmc-bench-") as folder:
+        measure(make(Path(folder), 300))  # imports and caches
+        small = make(Path(folder), 5000)
+        rows = [measure(small) for _ in range(3)]
+        best = min(rows, key=lambda r: r.total_s)
+        theirs = onnxscript_seconds(small)
+        large = measure(make(Path(folder), 50000))
+    name = f"front end, {best.nodes} nodes: load, guard, canonicalise"
+    beside = f"load {best.load_s:.2f}, passes {best.raise_s:.2f}"
+    yield Figure(name, best.total_s, "CPU s", 1.5, beside=beside)
+    yield Figure(f"{name}, to onnxscript's optimiser", best.total_s / theirs, "x", 1.0,
+                 beside=f"{theirs:.1f} CPU s, its loading not counted")  # fmt: skip
+    growth = (large.total_s / large.nodes) / (best.total_s / best.nodes)
+    yield Figure(f"front end, a node of {large.nodes} to one of {best.nodes}", growth, "x", 1.5,
+                 beside=f"{large.total_s:.1f} CPU s in all")  # fmt: skip
 
 
 def main() -> None:

@@ -13,11 +13,12 @@ import onnx_ir as ir
 from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import InternalError, PfmcError
 from pfmc.ingest.findings import SEVERITIES, Finding
-from pfmc.ingest.lint import SourceLint, lint_source
+from pfmc.ingest.lint import Progress, SourceLint, lint_source, silent
 from pfmc.ir import check, provenance, vocabulary
 from pfmc.ir.vocabulary import Stage
 from pfmc.passes import pipeline
 from pfmc.passes import recipe as recipes
+from pfmc.passes.base import Context
 from pfmc.passes.pipeline import Outcome
 from pfmc.passes.ties import KEY_TIED
 from pfmc.targets.fabric.operators import CONTROL, PER_INPUT, PER_OUTPUT, WIRING
@@ -25,7 +26,8 @@ from pfmc.targets.fabric.work import fabric_ops
 
 _RAISED = frozenset({
     "Add", "Attention", "Gather", "Gelu", "LayerNormalization", "Mul", "RMSNormalization", "Relu",
-    "Rotary", "SidePath", "Sub", "SwiGLU", "Swish", "Tanh", "Where",
+    "Rotary", "SidePath", "Sub", "SwiGLU", "Swish", "Tanh", "Trim",
+    "Where",
 })  # fmt: skip
 """Operations of a transformer that hardware runs whole, or that are single steps anyway."""
 _FREE = frozenset({"wiring", "control", "table", "embedding", "sampling"})
@@ -39,10 +41,12 @@ class Lint:
 
     Attributes:
         path: the file; findings: errors first, then warnings, then notes, each by code.
+        recipe: whose passes were tried.
     """
 
     path: Path
     findings: tuple[Finding, ...]
+    recipe: str = "stream"
 
     def counts(self) -> dict[str, int]:
         """Severity -> how many findings."""
@@ -62,6 +66,7 @@ class Lint:
         return {
             "schema_version": 1,
             "model": self.path.name,
+            "recipe": self.recipe,
             "counts": self.counts(),
             "findings": [
                 {
@@ -91,30 +96,37 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def lint(path: str | Path, *, trust_root: Path | None = None, recipe: str = "stream") -> Lint:
+def lint(
+    path: str | Path, *, trust_root: Path | None = None, recipe: str = "stream",
+    progress: Progress = silent,
+) -> Lint:  # fmt: skip
     """Looks at an ONNX file as a compile would, but goes on where a compile stops.
 
     Args:
         path: the .onnx file.
         trust_root: a folder within which external data may be reached through links.
-        recipe: whose passes are tried.
+        recipe: whose passes are tried; a name on the shelf or the path of a TOML file.
+        progress: takes a word for each step.
 
     Raises:
         UsageError: there is no such file or recipe.
         FileError: the system refused to read it.
     """
     passes = recipes.load(recipe).passes
-    source = lint_source(path, trust_root)
+    source = lint_source(path, trust_root, progress)
     found = list(source.findings)
     if source.model is not None:
-        found += _canonical(source.model, passes, source)
+        found += _canonical(source.model, passes, source, progress)
     rank = {s: i for i, s in enumerate(SEVERITIES)}
-    return Lint(source.path, tuple(sorted(found, key=lambda f: (rank[f.severity], f.code))))
+    ordered = sorted(found, key=lambda f: (rank[f.severity], f.code))
+    return Lint(source.path, tuple(ordered), Path(recipe).stem)
 
 
-def _canonical(model: ir.Model, passes: Iterable[Any], source: SourceLint) -> Iterator[Finding]:
+def _canonical(
+    model: ir.Model, passes: Iterable[Any], source: SourceLint, progress: Progress
+) -> Iterator[Finding]:
     try:
-        outcome = pipeline.run(model, passes)
+        outcome = pipeline.run(model, passes, Context(progress=progress))
     except PfmcError as error:
         what = f"{error.what} ({error.where})" if isinstance(error, InternalError) else error.what
         yield Finding("PFM505", what, error.where, error.mend)

@@ -44,7 +44,8 @@ class Command:
 
     Attributes:
         text: split as a shell would; the path stands for ``{}``, or comes last. No shell runs it.
-        timeout_s: wall-clock seconds; a command that takes longer counts as not failing.
+        timeout_s: wall-clock seconds after which a command is ended.
+        timeout_fails: whether one that was ended counts as failing.
         exit_code: the only exit code that counts as failing; None takes all but 0.
         match: regular expression that stdout or stderr must hold too; None asks nothing.
         last: how the last run ended, in words.
@@ -52,6 +53,7 @@ class Command:
 
     text: str
     timeout_s: float = 60.0
+    timeout_fails: bool = False
     exit_code: int | None = None
     match: str | None = None
     last: str = ""
@@ -86,7 +88,9 @@ class Command:
         ended = "ran out of time" if code is None else f"ended with exit code {code}"
         tail = said.strip().splitlines()[-_TAIL:]
         self.last = f"the check {ended}" + "".join(f"\n         {line}" for line in tail)
-        if code in (None, 0) or self.exit_code not in (None, code):
+        if code is None:
+            return self.timeout_fails
+        if code == 0 or self.exit_code not in (None, code):
             return False
         return self.match is None or re.search(self.match, said) is not None
 
@@ -120,7 +124,9 @@ class Reduction:
         path: the file; sha256: its hex digest.
         nodes, bytes: before and after; data beside the files is not counted.
         checks: how often the check ran.
-        finished: False if the total time was over before nothing more could be taken away.
+        finished: False if it was stopped before nothing more could be taken away; the result can
+            be reduced further.
+        interrupted: whether Ctrl-C stopped it, and not the total time.
     """
 
     path: Path
@@ -129,6 +135,7 @@ class Reduction:
     bytes: tuple[int, int]
     checks: int
     finished: bool
+    interrupted: bool = False
 
 
 def reduce_model(
@@ -169,7 +176,7 @@ def reduce_model(
     return Reduction(
         out, hashlib.sha256(data).hexdigest(),
         (len(subject.proto.graph.node), len(search.best.graph.node)),
-        (path.stat().st_size, len(data)), search.checks, finished,
+        (path.stat().st_size, len(data)), search.checks, finished, search.interrupted,
     )  # fmt: skip
 
 
@@ -186,7 +193,10 @@ class _TimeOverError(Exception):
 
 @dataclass
 class _Search:
-    """The reduction under way; `best` is the smallest model known to fail."""
+    """The reduction under way; `best` is the smallest model known to fail.
+
+    Ctrl-C ends it as the end of the total time does: with the best so far.
+    """
 
     subject: Subject
     fails: Callable[[Path], bool]
@@ -194,6 +204,7 @@ class _Search:
     deadline: float | None
     progress: Progress
     checks: int = 1
+    interrupted: bool = False
     known: dict[bytes, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -214,7 +225,8 @@ class _Search:
                 self.fewer_values()
                 if before is self.best:
                     break
-        except _TimeOverError:
+        except (_TimeOverError, KeyboardInterrupt) as stop:
+            self.interrupted = isinstance(stop, KeyboardInterrupt)
             return False
         return True
 
@@ -317,14 +329,18 @@ class _Search:
     # -- weights and sizes -----------------------------------------------------------------------
 
     def fewer_values(self) -> None:
-        """Weights become inputs, sizes become small, texts go."""
+        """Weights become inputs, sizes small, numbers zeros; attributes and texts go."""
         names = cuts.weights(self.best)
         if names and not self.accepts(cuts.as_inputs(self.best, names)):
             for name in names:
                 self.accepts(cuts.as_inputs(self.best, [name]))
         for size in cuts.sizes(self.best):
             tries = sorted({n for n in (1, 2, 4, size // 2) if n < size})
-            self.first(cuts.resized(self.best, size, n) for n in tries)
+            self.first(cuts.resized(self.best, size, n, self.subject.read) for n in tries)
+        for name in cuts.weights(self.best):
+            self.accepts(cuts.emptied(self.best, name, self.subject.read))
+        for place in cuts.attributes(self.best):
+            self.accepts(cuts.without_attribute(self.best, place))
         self.accepts(cuts.cleaned(self.best))
 
 

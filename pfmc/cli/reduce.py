@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from signal import SIGINT
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -20,6 +21,7 @@ def reduce_(
     check: str,
     out: Annotated[Path | None, Parameter(name=["-o", "--out"])] = None,
     timeout: Seconds = 60.0,
+    timeout_fails: bool = False,
     total: Seconds | None = None,
     exit_code: int | None = None,
     match: str | None = None,
@@ -27,6 +29,8 @@ def reduce_(
     quiet: Quiet = False,
 ) -> int:
     """Shrink a failing model to a minimal one.
+
+    Ctrl-C keeps the smallest model so far; to go on, reduce that one.
 
     Example: pfmc reduce model.onnx --check 'pfmc compile {} --target rom --stop-after canonical'
 
@@ -40,7 +44,9 @@ def reduce_(
     out
         The file to write; MODEL-reduced.onnx in the current folder by default.
     timeout
-        Seconds a check may take; one that takes longer counts as not failing.
+        Seconds a check may take; then it is ended.
+    timeout_fails
+        Let a check that was ended count as failing, to reduce a model on which it hangs.
     total
         Seconds after which the smallest model so far is taken.
     exit_code
@@ -54,20 +60,23 @@ def reduce_(
     """
     from pfmc.reduce import Command, reduce_model
 
-    command = Command(check, timeout, exit_code, match)
+    command = Command(check, timeout, timeout_fails, exit_code, match)
     progress = Progress(quiet=quiet or json)
     place = out or Path(f"{model.stem}-reduced.onnx")
     done = reduce_model(model, command, place, total_s=total, progress=progress)
     progress.done()
+    code = 128 + int(SIGINT) if done.interrupted else 0
     if json:
         body = {
             "path": str(done.path), "sha256": done.sha256, "nodes": list(done.nodes),
             "bytes": list(done.bytes), "checks": done.checks, "finished": done.finished,
+            "interrupted": done.interrupted,
         }  # fmt: skip
         print_json({"schema_version": 1, **body})
-        return 0
+        return code
     print(f"nodes:   {done.nodes[0]} -> {done.nodes[1]}")
     print(f"bytes:   {done.bytes[0]:,} -> {done.bytes[1]:,}")
-    print(f"checks:  {done.checks}" + ("" if done.finished else ", stopped by --total"))
+    stop = "" if done.finished else f", stopped by {'Ctrl-C' if code else '--total'}"
+    print(f"checks:  {done.checks}{stop}")
     print(f"written: {done.path}, sha256 {done.sha256}")
-    return 0
+    return code

@@ -10,11 +10,15 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from pfmc.errors import PfmcError
+
 Constant = Callable[[str], npt.NDArray[Any] | None]
 Types = Mapping[str, onnx.TypeProto]
+Read = Callable[[onnx.TensorProto], npt.NDArray[Any]]
 
 KEPT_WEIGHTS = 64
 """Floating-point weights of up to so many elements stay in a model without weights."""
+_FILLED = 1 << 24  # elements that are written as zeros, at most
 _SMALL = 64  # integers of a constant that may be sizes
 
 
@@ -202,17 +206,22 @@ def sizes(model: onnx.ModelProto) -> list[int]:
     return sorted((n for n in found if n > 1), reverse=True)
 
 
-def resized(model: onnx.ModelProto, size: int, smaller: int) -> onnx.ModelProto:
-    """The model with `smaller` in place of `size`: in weights, inputs, outputs and constants."""
+def resized(
+    model: onnx.ModelProto, size: int, smaller: int, read: Read = numpy_helper.to_array
+) -> onnx.ModelProto:
+    """The model with `smaller` in place of `size`: in weights, inputs, outputs and constants.
+
+    `read` gives the array of a tensor; what was outside the file is inside once it is cut.
+    """
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.graph.value_info[:]
     for tensor in bare.graph.initializer:
-        _resize(tensor, size, smaller)
+        _resize(tensor, size, smaller, read)
     for node in bare.graph.node:
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.HasField("t"):
-                _resize(attribute.t, size, smaller)
+                _resize(attribute.t, size, smaller, read)
     for value in (*bare.graph.input, *bare.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_value") and dim.dim_value == size:
@@ -220,19 +229,53 @@ def resized(model: onnx.ModelProto, size: int, smaller: int) -> onnx.ModelProto:
     return bare
 
 
-def _resize(tensor: onnx.TensorProto, size: int, smaller: int) -> None:
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return
+def _resize(tensor: onnx.TensorProto, size: int, smaller: int, read: Read) -> None:
     shape_like = tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) <= 1
     if size not in tensor.dims and not shape_like:
         return
-    array = numpy_helper.to_array(tensor)
+    try:
+        array = read(tensor)
+    except (PfmcError, ValueError, TypeError):
+        return  # data that cannot be had stays as it is
     if shape_like and array.size <= _SMALL:
         array = np.where(array == size, smaller, array).astype(array.dtype)
     else:
         array = array[tuple(slice(smaller if d == size else d) for d in array.shape)]
     name = tensor.name
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.reshape(array.shape)), name))
+
+
+def emptied(
+    model: onnx.ModelProto, name: str, read: Read = numpy_helper.to_array
+) -> onnx.ModelProto | None:
+    """The model with zeros in initialiser `name`; None if it is all zeros, or too large."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    tensor = next(t for t in bare.graph.initializer if t.name == name)
+    if int(np.prod(tensor.dims, dtype=object)) > _FILLED:
+        return None
+    try:
+        array = read(tensor)
+    except (PfmcError, ValueError, TypeError):
+        return None
+    if not array.astype(bool).any():
+        return None
+    tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(array), name))
+    return bare
+
+
+def attributes(model: onnx.ModelProto) -> list[tuple[int, int]]:
+    """Where attributes stand: index of the node, index of the attribute, the last first."""
+    nodes = model.graph.node
+    return [(i, k) for i, n in enumerate(nodes) for k in reversed(range(len(n.attribute)))]
+
+
+def without_attribute(model: onnx.ModelProto, place: tuple[int, int]) -> onnx.ModelProto:
+    """The model with one attribute of a node less."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.node[place[0]].attribute[place[1]]
+    return bare
 
 
 def cleaned(model: onnx.ModelProto) -> onnx.ModelProto:

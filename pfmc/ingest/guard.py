@@ -12,23 +12,33 @@ import onnx
 from onnx import checker, defs
 
 from pfmc.errors import InputError
+from pfmc.ingest import dialects_refused
 from pfmc.ingest.findings import MAX_FINDINGS, Finding, refuse
 from pfmc.ingest.order import disorder, label
 from pfmc.ingest.tensors import check_dims, check_dtype, check_tensor, tensor_code
 from pfmc.ingest.texts import decodes, strings
 from pfmc.ir.vocabulary import OPSET
 
-OPSETS = range(7, 27)
-IR_VERSIONS = range(3, 14)
+OPSETS = range(7, min(28, defs.onnx_opset_version()) + 1)
+IR_VERSIONS = range(3, 15)
 MAX_NODES = 1_000_000
 MAX_NAME = 1 << 16
 MAX_DEPTH = 256
+EARLY = {"LayerNormalization": 17}
+"""Operators that ONNX Runtime's optimiser writes, and runs, before the opset that has them."""
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial"}
     | {"Bernoulli"}
 )
 _STANDARD = ("", "ai.onnx")
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+_ATTRIBUTES = frozenset({
+    onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT, onnx.AttributeProto.STRING,
+    onnx.AttributeProto.TENSOR, onnx.AttributeProto.GRAPH, onnx.AttributeProto.FLOATS,
+    onnx.AttributeProto.INTS, onnx.AttributeProto.STRINGS, onnx.AttributeProto.TENSORS,
+    onnx.AttributeProto.GRAPHS,
+})  # fmt: skip
 
 Key: TypeAlias = tuple[str, str]
 Body: TypeAlias = onnx.GraphProto | onnx.FunctionProto
@@ -111,7 +121,7 @@ class Guard:
                 "PFM005",
                 f"The file format version (IR) is {proto.ir_version}; "
                 f"{_range(IR_VERSIONS)} are read",
-                mend=f"save it with ir_version <= {IR_VERSIONS[-1]}, the newest that runs",
+                mend=f"save it with ir_version <= {IR_VERSIONS[-1]}",
             )
         self.opset = self._check_opset(proto.opset_import, "the model")
         return whole and self.opset in OPSETS
@@ -176,11 +186,14 @@ class Guard:
     def _unsupported(self, node: onnx.NodeProto, opset: int) -> tuple[str, str]:
         """Code and reason, starting with the operator, why this node cannot be compiled."""
         key = (node.domain, node.op_type)
-        if key in self.functions or (key in self.dialect and not _subgraphs(node)):
+        if (key in self.functions or key in self.dialect) and not _subgraphs(node):
             return "", ""
         name = _spell(key)
+        if key in self.functions:
+            return "PFM102", f"{name} (a function that takes a graph)"
         if node.domain not in _STANDARD:
-            return "PFM101", f"{name} (unknown domain or operator)"
+            known = dialects_refused.reason(*key)
+            return "PFM101", f"{name} ({known or 'unknown domain or operator'})"
         if node.op_type in CONTROL_FLOW or _subgraphs(node):
             return "PFM102", f"{name} (control flow)"
         if node.op_type in RANDOM:
@@ -301,6 +314,8 @@ class Guard:
                 what = f"Attribute {attribute.name!r} is not UTF-8 text"
             elif attribute.ref_attr_name and not in_function:
                 what = "An attribute refers to a function, outside of any"
+            elif attribute.type not in _ATTRIBUTES:
+                what = f"Attribute {attribute.name!r} is of a kind that is not read"
             if what:
                 self._say("PFM109", what, node_name(node), nodes=(label(node),))
                 return
@@ -313,13 +328,22 @@ class Guard:
                 self._tensor(tensor, place, nodes=(label(node),))
         self._schema(node, opset)
 
+    def _call(self, node: onnx.NodeProto, function: onnx.FunctionProto) -> None:
+        what = _first_surplus(node, function)
+        if what:
+            self._say("PFM108", what, node_name(node), nodes=(label(node),))
+
     def _schema(self, node: onnx.NodeProto, written: int) -> None:
         """Inputs, outputs and attributes of a standard operator against its schema."""
         key = (node.domain, node.op_type)
-        if key in self.functions or node.domain not in _STANDARD or key in self.dialect:
+        if key in self.functions:
+            self._call(node, self.functions[key])
+            return
+        if node.domain not in _STANDARD or key in self.dialect:
             return
         if self.refused and (*key, written) in self.refused:
             return
+        written = max(written, EARLY.get(node.op_type, 0))
         for opset in sorted({written, min(written, OPSET)}, reverse=True):
             try:
                 checker.check_node(node, _context(self.proto.ir_version, opset))
@@ -327,6 +351,31 @@ class Guard:
                 what = _first_line(str(error), opset)
                 self._say("PFM108", what, node_name(node), nodes=(label(node),))
                 return
+
+
+def _first_surplus(node: onnx.NodeProto, function: onnx.FunctionProto) -> str:
+    for what, given, formal in (
+        ("inputs", node.input, function.input), ("outputs", node.output, function.output)
+    ):  # fmt: skip
+        if len(given) > len(formal):
+            return f"{len(given)} {what} are given to a function of {len(formal)}"
+    return ""
+
+
+def check_inlined(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Nodes that stood in functions, against their schemas: a call may have left something out.
+
+    Raises:
+        InputError: a standard operator lacks an input or a required attribute.
+    """
+    for node in nodes:
+        if node.domain not in _STANDARD or not _known(node.op_type, OPSET):
+            continue
+        try:
+            checker.check_node(node, _context(IR_VERSIONS[-1], OPSET))
+        except checker.ValidationError as error:
+            what = _first_line(str(error), OPSET)
+            raise InputError(what, where=node_name(node), mend=_INFERENCE) from error
 
 
 class _EnoughError(Exception):
@@ -358,6 +407,8 @@ def _first_line(text: str, opset: int) -> str:
 
 
 def _known(op_type: str, opset: int) -> bool:
+    if op_type in EARLY:
+        return True
     try:
         schema = defs.get_schema(op_type, opset, "")
     except defs.SchemaError:
@@ -366,7 +417,7 @@ def _known(op_type: str, opset: int) -> bool:
 
 
 def _subgraphs(node: onnx.NodeProto) -> bool:
-    return any(a.HasField("g") or len(a.graphs) for a in node.attribute)
+    return any(a.HasField("g") or len(a.graphs) or a.type in _GRAPHS for a in node.attribute)
 
 
 def _names(values: Iterable[onnx.ValueInfoProto]) -> list[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +12,18 @@ import onnx
 import onnx_ir as ir
 
 from pfmc.errors import FileError, InputError
-from pfmc.ingest import dialects, shapes
+from pfmc.ingest import branches, dialects, shapes
 from pfmc.ingest.checkpoint import is_checkpoint, load_checkpoint
 from pfmc.ingest.external import ExternalData
 from pfmc.ingest.files import find, open_mapped
-from pfmc.ingest.findings import Finding, from_error
+from pfmc.ingest.findings import MAX_FINDINGS, Finding, from_error
 from pfmc.ingest.guard import Guard
 from pfmc.ingest.load import build, drop_traces, map_weights, modernise, normalise, parse
 from pfmc.ingest.lowering import Lowering
 from pfmc.ingest.order import label
 from pfmc.ingest.rewrite import Builder
-from pfmc.ingest.tensors import check_finite
+from pfmc.ingest.tensors import check_finite, check_tensor
+from pfmc.ir import stored
 
 USUAL_OPSET = 18
 _PLAIN_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -32,6 +32,13 @@ _SHOWN = 4
 _MATRIX_USERS = frozenset({"Conv", "Gather", "Gemm", "MatMul", "Transpose"})
 _CANONICAL_KV = re.compile(r"past_key_values\.\d+\.(key|value)")
 _KV_WORDS = re.compile(r"past|cache|kv", re.IGNORECASE)
+
+
+Progress = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """No progress shown."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,15 @@ class SourceLint:
     labels: tuple[str, ...] = ()
 
 
-def lint_source(path: str | Path, trust_root: Path | None = None) -> SourceLint:
+def lint_source(
+    path: str | Path, trust_root: Path | None = None, progress: Progress = silent
+) -> SourceLint:
     """Looks at the ONNX file or the checkpoint `path`; every weight is read once.
+
+    Args:
+        path: the file or the checkpoint's folder.
+        trust_root: a folder within which external data may be reached through links.
+        progress: takes a word for each step.
 
     Raises:
         UsageError: there is no such file.
@@ -64,13 +78,16 @@ def lint_source(path: str | Path, trust_root: Path | None = None) -> SourceLint:
     name = str(file.path)
     try:
         proto = parse(file)
+        branches.specialise(proto)
     except InputError as error:
         return SourceLint(file.path, (from_error("PFM001", error, name),), None)
     drop_traces(proto)
+    progress("guard")
     guarded = Guard(proto, name, frozenset(dialects.LOWERINGS)).findings()
+    work = _Work(proto, name, ExternalData(file.path, trust_root), progress)
     if guarded:
-        return SourceLint(file.path, guarded, None)
-    work = _Work(proto, name, ExternalData(file.path, trust_root))
+        work.external_data()
+        return SourceLint(file.path, (*guarded, *work.found)[:MAX_FINDINGS], None)
     model = work.run()
     return SourceLint(file.path, tuple(work.found), model, tuple(map(label, proto.graph.node)))
 
@@ -93,6 +110,7 @@ class _Work:
     proto: onnx.ModelProto
     file: str
     external: ExternalData
+    progress: Progress
 
     def __post_init__(self) -> None:
         self.found: list[Finding] = []
@@ -101,11 +119,15 @@ class _Work:
         """The uniform graph, if nothing is wrong; `found` says what is."""
         self.found += _old_opset(self.proto)
         self.found += _inputs(self.proto)
-        self._external()
+        self.external_data()
+        views = None if self.errors() else self._views()
         self._shapes()
-        if self.errors():
+        if views is None:  # no graph can be built
             return None
-        model = self._normalised()
+        if self.errors():
+            self._in_vain(views)
+            return None
+        model = self._normalised(views)
         if model is not None:
             self._weights(model)
         return None if self.errors() else model
@@ -113,10 +135,11 @@ class _Work:
     def errors(self) -> bool:
         return any(f.severity == "error" for f in self.found)
 
-    def _external(self) -> None:
+    def external_data(self) -> None:
         """Every external tensor by itself, so that each missing file is told."""
+        self.progress("external data")
         for tensor in self.proto.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL and _is_sound(tensor):
                 try:
                     self.external.extent(tensor, f"{self.file}: tensor {tensor.name!r}")
                 except (InputError, FileError) as error:
@@ -126,24 +149,49 @@ class _Work:
                     )
 
     def _shapes(self) -> None:
+        """Every operation whose operands do not fit."""
+        self.progress("shapes")
         try:
             shapes.infer(self.proto, self.file)
         except InputError as error:
-            self.found.append(from_error("PFM208", error, self.file))
+            names = {label(n) for n in self.proto.graph.node}
+            for what in (error.what, *getattr(error, "__notes__", ())):
+                quoted = re.search(r"node name: ([^)]*)\)", what)
+                nodes = (quoted[1],) if quoted and quoted[1] in names else ()
+                self.found.append(Finding("PFM208", what, "", error.mend, nodes))
 
-    def _normalised(self) -> ir.Model | None:
+    def _views(self) -> dict[str, ir.TensorProtocol] | None:
         try:
-            views = map_weights(self.proto, self.external)
+            return map_weights(self.proto, self.external)
         except InputError as error:  # only attributes are left: the weights were seen
             self.found.append(from_error("PFM304", error, self.file))
             return None
-        model = build(self.proto, views)
+
+    def _in_vain(self, views: dict[str, ir.TensorProtocol]) -> None:
+        """What else is wrong with a file whose shapes do not fit: numbers and operators."""
+        try:
+            model = build(self.proto, views)
+        except InputError as error:
+            self.found.append(from_error("PFM109", error, self.file))
+            return
+        self.progress("weights")
+        self.found += _not_finite(model, self.file)
+        self.found += self._refused(model)
+
+    def _normalised(self, views: dict[str, ir.TensorProtocol]) -> ir.Model | None:
+        self.progress("operators")
+        try:
+            model = build(self.proto, views)
+        except InputError as error:
+            self.found.append(from_error("PFM109", error, self.file))
+            return None
         try:
             normalise(model)
         except InputError as error:
             first = from_error("PFM110", error, self.file, nodes=_named(error))
             more = self._refused(build(self.proto, views))
             self.found += [first, *(f for f in more if f.nodes != first.nodes)]
+            self.found += _not_finite(build(self.proto, views), self.file)
             return None
         return model
 
@@ -162,9 +210,19 @@ class _Work:
                 yield from_error("PFM110", error, self.file, nodes=(str(node.name),))
 
     def _weights(self, model: ir.Model) -> None:
+        self.progress("weights")
         self.found += [*_not_finite(model, self.file), *_notes(model)]
         for file in self.external.files.values():
             file.release()
+
+
+def _is_sound(tensor: onnx.TensorProto) -> bool:
+    """Whether type and dimensions are such that a size can be told."""
+    try:
+        check_tensor(tensor, "")
+    except InputError:
+        return False  # the guard says so
+    return True
 
 
 def _not_finite(model: ir.Model, file: str) -> Iterator[Finding]:
@@ -172,7 +230,7 @@ def _not_finite(model: ir.Model, file: str) -> Iterator[Finding]:
         tensor = value.const_value
         if tensor is not None and tensor.dtype.is_floating_point():
             try:
-                check_finite(name, tensor.numpy())
+                check_finite(name, stored.numbers(value))
             except InputError as error:
                 yield from_error("PFM305", error, file, tensors=(name,))
 
@@ -310,11 +368,14 @@ def _repeated(model: ir.Model) -> Iterator[Finding]:
 
 
 def _equal(model: ir.Model, names: list[str]) -> Iterator[Finding]:
-    groups: dict[bytes, list[str]] = {}
+    """Those of `names` that hold equal numbers; all are read of those alike in a few alone."""
+    held = model.graph.initializers
+    alike: dict[object, list[str]] = {}
     for name in names:
-        tensor = model.graph.initializers[name].const_value
-        assert tensor is not None
-        groups.setdefault(hashlib.sha256(tensor.tobytes()).digest(), []).append(name)
+        alike.setdefault(stored.sample(stored.numbers(held[name])), []).append(name)
+    groups: dict[bytes, list[str]] = {}
+    for name in (n for some in alike.values() if len(some) > 1 for n in some):
+        groups.setdefault(stored.digest(stored.numbers(held[name])), []).append(name)
     for same in groups.values():
         if len(same) > 1:
             what = f"{len(same)} matrices hold the same numbers: {', '.join(same[:3])}"

@@ -15,10 +15,10 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from pfmc.errors import InputError
-from pfmc.ingest import dialects, magic, shapes, tidy
+from pfmc.ingest import branches, dialects, magic, shapes, tidy
 from pfmc.ingest.external import ExternalData
 from pfmc.ingest.files import SourceFile, find, open_mapped
-from pfmc.ingest.guard import Guard
+from pfmc.ingest.guard import Guard, check_inlined
 from pfmc.ingest.loaded import Loaded, named
 from pfmc.ingest.opset import upgrade
 from pfmc.ingest.rewrite import Builder
@@ -48,13 +48,14 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
     with _no_collection():
         file = open_mapped(find(path), follow=True)
         proto = parse(file)
+        merged = branches.specialise(proto)
         drop_traces(proto)
         Guard(proto, str(file.path), frozenset(dialects.LOWERINGS)).check()
         external = ExternalData(file.path, trust_root)
         views = map_weights(proto, external)
         shapes.infer(proto, str(file.path))
-        model = build(proto, views)
         with named(file.path):
+            model = build(proto, views)
             normalise(model)
     loaded = Loaded(
         model=model,
@@ -63,6 +64,7 @@ def load(path: str | Path, *, trust_root: Path | None = None) -> Loaded:
         files=(file, *external.files.values()),
         exporter=f"{proto.producer_name} {proto.producer_version}".strip() or "unknown",
         precision=precision(model),
+        merged=merged,
     )
     if sum(f.size for f in loaded.files) <= EAGER_BYTES:
         loaded.check_finite()
@@ -146,7 +148,10 @@ def build(proto: onnx.ModelProto, views: dict[str, ir.TensorProtocol]) -> ir.Mod
         if tensor.name in views:
             tensor.ClearField("data_location")
             tensor.ClearField("external_data")
-    model = ir.from_proto(proto)
+    try:
+        model = ir.from_proto(proto)
+    except ir.serde.SerdeError as error:
+        raise InputError(f"The graph cannot be read: {_root(error)}", where="the graph") from error
     for name, view in views.items():
         model.graph.initializers[name].const_value = view
     for value in model.graph.initializers.values():
@@ -154,6 +159,13 @@ def build(proto: onnx.ModelProto, views: dict[str, ir.TensorProtocol]) -> ir.Mod
             value.type = ir.TensorType(value.const_value.dtype)
             value.shape = ir.Shape(value.const_value.shape.numpy())
     return model
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what went wrong first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).partition("\n")[0][:300]
 
 
 def _embed_attributes(proto: onnx.ModelProto, external: ExternalData) -> None:
@@ -189,7 +201,10 @@ def modernise(model: ir.Model) -> None:
         upgrade(function, function.opset_imports.get("", version), Builder(function))
     tidy.plain_inputs(model.graph)
     upgrade(model.graph, version, Builder(model.graph))
-    tidy.inline_functions(model)
+    if model.functions:
+        tidy.inline_functions(model)
+        alive = [n for n in model.graph if any(v.name for v in n.outputs)]
+        check_inlined(ir.to_proto(n) for n in alive)
     tidy.lift_constants(model.graph)
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from pfmc.errors import InputError
 from pfmc.ingest.files import SourceFile
 from pfmc.ingest.tensors import check_finite
+from pfmc.ir import stored
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Loaded:
         files: that file, then the external data files (or index and shards) in order of first use.
         exporter: who wrote it, e.g. ``"pytorch 2.13.0"`` or ``"huggingface LlamaForCausalLM"``.
         precision: the element type that most of the floating-point weights have.
+        merged: whether the file holds two branches, of which the model is one
+            (`pfmc.ingest.branches`): values inside it cannot be observed in the file.
     """
 
     model: ir.Model
@@ -33,6 +36,7 @@ class Loaded:
     files: tuple[SourceFile, ...]
     exporter: str
     precision: ir.DataType
+    merged: bool = False
 
     @property
     def name(self) -> str:
@@ -60,7 +64,7 @@ class Loaded:
             for name, value in self.model.graph.initializers.items():
                 tensor = value.const_value
                 if tensor is not None and tensor.dtype.is_floating_point():
-                    check_finite(name, tensor.numpy())
+                    check_finite(name, stored.numbers(value))
 
 
 @contextmanager

@@ -93,8 +93,8 @@ class Builder:
 
     def _new_constant(self, array: np.ndarray, stem: str) -> ir.Value:
         if self._graph is None:
-            return self.op("Constant", [], {"value": ir.tensor(array)})
-        return self.initialiser(ir.tensor(array), self.unique(f"pfmc_{stem}"))
+            return self.op("Constant", [], {"value": ir.Tensor(array)})
+        return self.initialiser(ir.Tensor(array), self.unique(f"pfmc_{stem}"))
 
     def initialiser(self, tensor: ir.TensorProtocol, name: str, weight: str = "") -> ir.Value:
         """A new initialiser holding `tensor`; `weight` is its original weight name."""

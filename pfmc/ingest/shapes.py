@@ -8,9 +8,11 @@ import onnx
 from onnx import shape_inference
 
 from pfmc.errors import InputError
+from pfmc.ingest.limits import bounded
 from pfmc.ingest.order import in_order
 from pfmc.ingest.tensors import DTYPES
 
+TOO_LONG = "Its shapes cannot be inferred: a vector of integers is far too long for a shape"
 _SMALL_BYTES = 1 << 12  # constants up to here take part (axes, target shapes); larger only by shape
 _INVENTED_DIM = re.compile(r"^unk__\d+$")
 
@@ -19,14 +21,23 @@ def infer(proto: onnx.ModelProto, file: str) -> None:
     """Fills in ``proto.graph.value_info`` from a strict shape and type inference, in place.
 
     Raises:
-        InputError: operands do not fit each other; the message names the node.
+        InputError: operands do not fit each other; the message names the node, the error's notes
+            name all further ones.
     """
+    bare = _skeleton(proto)
     try:
-        known = shape_inference.infer_shapes(
-            _skeleton(proto), check_type=True, strict_mode=True, data_prop=True
-        )
+        with bounded(room(bare.ByteSize())):
+            known = shape_inference.infer_shapes(
+                bare, check_type=True, strict_mode=True, data_prop=True
+            )
+    except MemoryError as error:
+        raise InputError(TOO_LONG, where=file) from error
     except (shape_inference.InferenceError, ValueError, RuntimeError) as error:
-        raise InputError(_reason(str(error)), where=file, mend=_mend()) from error
+        first, *others = reasons(str(error))
+        refusal = InputError(first, where=file, mend=_mend())
+        for other in others:
+            refusal.add_note(other)
+        raise refusal from error
     _drop_odd_notes(proto.graph)
     noted = {v.name: v for v in (*proto.graph.value_info, *proto.graph.output)}
     for value in (*known.graph.value_info, *known.graph.output):
@@ -37,11 +48,18 @@ def infer(proto: onnx.ModelProto, file: str) -> None:
             proto.graph.value_info.append(value)
 
 
+def room(size: int) -> int:
+    """Bytes that the inference of a graph of `size` bytes may take."""
+    return (1 << 28) + 16 * size
+
+
 def known_types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
     """Value name -> type and shape, as far as they can be told; contradictions are passed over."""
+    bare = _skeleton(proto)
     try:
-        known = shape_inference.infer_shapes(_skeleton(proto), data_prop=True).graph
-    except (shape_inference.InferenceError, ValueError, RuntimeError):
+        with bounded(room(bare.ByteSize())):
+            known = shape_inference.infer_shapes(bare, data_prop=True).graph
+    except (shape_inference.InferenceError, MemoryError, ValueError, RuntimeError):
         known = proto.graph
     inferred = (*known.input, *known.output, *known.value_info)
     for value in inferred:
@@ -122,10 +140,16 @@ def _forget(dim: onnx.TensorShapeProto.Dimension) -> None:
         dim.ClearField("dim_param")
 
 
-def _reason(text: str) -> str:
+def reason(text: str) -> str:
+    """What onnx's shape inference found first, in one line."""
+    return reasons(text)[0]
+
+
+def reasons(text: str) -> list[str]:
+    """All that onnx's shape inference found, a line an operation; at least one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     useful = [line for line in lines if "op_type:" in line] or lines[-1:] or [text]
-    return f"Shapes or types do not fit: {useful[0][:400]}"
+    return [f"Shapes or types do not fit: {line[:400]}" for line in useful]
 
 
 def _mend() -> str:

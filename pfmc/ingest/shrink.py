@@ -13,12 +13,13 @@ import onnx
 from onnx import checker
 
 from pfmc.errors import PfmcError
-from pfmc.ingest import dialects, shapes
+from pfmc.ingest import branches, dialects, shapes
 from pfmc.ingest.external import Extent, ExternalData
 from pfmc.ingest.files import find, open_mapped
 from pfmc.ingest.guard import Guard
 from pfmc.ingest.load import parse
 from pfmc.ingest.order import in_order
+from pfmc.ingest.tensors import check_tensor
 
 Array = npt.NDArray[Any]
 
@@ -66,6 +67,17 @@ class Subject:
             if _element(self.types.get(n)) in _INTEGERS and a.size <= _RECORDED
         }  # fmt: skip
 
+    def read(self, tensor: onnx.TensorProto) -> Array:
+        """The numbers of an initialiser, wherever they lie; those outside as a view.
+
+        Raises:
+            PfmcError: they cannot be had.
+        """
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        check_tensor(tensor, tensor.name)
+        return self.external.tensor(tensor, tensor.name).numpy()
+
     def constant(self, name: str, *, real: bool) -> Array | None:
         """A constant in place of value `name`: as recorded, or where `real` 0.5 everywhere."""
         if name in self.values:
@@ -98,6 +110,7 @@ def open_subject(path: Path) -> Subject:
     """
     file = open_mapped(find(path), follow=True)
     proto = parse(file)
+    branches.specialise(proto)
     nodes = in_order(proto.graph.node)
     if len(nodes) == len(proto.graph.node):  # in a circle there is no order
         del proto.graph.node[:]

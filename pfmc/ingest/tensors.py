@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from pfmc.errors import InputError
+from pfmc.ir.stored import release
 
 MAX_RANK = 16
 MAX_ELEMENTS = 1 << 46
@@ -138,19 +140,24 @@ def check_finite(tensor_name: str, array: np.ndarray) -> None:
     """
     if not ir.DataType.from_numpy(array.dtype).is_floating_point():
         return
-    flat = array.reshape(-1)
+    order: Literal["C", "F"] = "F" if array.flags.fnc else "C"  # as it lies: no copy
+    flat = array.reshape(-1, order=order)
     for start in range(0, flat.size, _PIECE):
         piece = flat[start : start + _PIECE]
         bad = _non_finite(piece)
         if bad.any() and not _is_mask(flat):
-            _refuse(tensor_name, array, start + int(np.argmax(bad)))
+            _refuse(tensor_name, array, start + int(np.argmax(bad)), order)
+        release(piece)
+
+
+_EXPONENT = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
 
 
 def _non_finite(piece: np.ndarray) -> np.ndarray:
-    """Whether each element is NaN or infinite; by bits for float16, which NumPy does slowly."""
-    if piece.dtype == np.float16:
-        bits = piece.view(np.uint16) & np.uint16(0x7C00)
-        return np.asarray(bits == np.uint16(0x7C00))
+    """Whether each element is NaN or infinite; by bits for 16-bit types, which are slow else."""
+    exponent = _EXPONENT.get(piece.dtype.name)
+    if exponent is not None:
+        return np.asarray((piece.view(np.uint16) & exponent) == exponent)
     narrow = piece.dtype.itemsize == 1  # the 8-bit types and below
     return np.asarray(~np.isfinite(piece.astype(np.float32) if narrow else piece))
 
@@ -165,8 +172,8 @@ def _is_mask(flat: np.ndarray) -> bool:
     )
 
 
-def _refuse(name: str, array: np.ndarray, flat_index: int) -> None:
-    index = tuple(int(i) for i in np.unravel_index(flat_index, array.shape))
+def _refuse(name: str, array: np.ndarray, flat_index: int, order: Literal["C", "F"]) -> None:
+    index = tuple(int(i) for i in np.unravel_index(flat_index, array.shape, order))
     raise InputError(
         f"A weight holds {float(array[index])}",
         where=f"tensor {name!r}, index {list(index)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
 
 from pfmc.errors import InputError
+from pfmc.ingest import shapes
+from pfmc.ingest.limits import bounded
 from pfmc.ir.vocabulary import is_op
 
 _NUMBERS = {
@@ -27,6 +30,11 @@ def inline_functions(model: ir.Model) -> None:
     for function in model.functions.values():
         function.opset_imports.clear()
         function.opset_imports.update(model.graph.opset_imports)
+    for body in (model.graph, *model.functions.values()):
+        for node in body:
+            called = model.functions.get(node.op_identifier())
+            if called is not None and len(node.outputs) < len(called.outputs):
+                node.resize_outputs(len(called.outputs))  # a call may leave the last ones out
     InlinePass()(model)
     model.functions.clear()
 
@@ -96,10 +104,10 @@ def _keep_output(graph: ir.Graph, node: ir.Node, fresh: ir.Value) -> ir.Value:
 
 
 def _constant(node: ir.Node) -> ir.TensorProtocol:
-    name, attribute = next(iter(node.attributes.items()))
-    if name == "value":
+    name, attribute = next(iter(node.attributes.items()), ("nothing", None))
+    if attribute is not None and name == "value":
         return attribute.as_tensor()
-    if name not in _NUMBERS:
+    if attribute is None or name not in _NUMBERS:
         raise InputError(
             f"A Constant holds {name!r}, which no target can use",
             where=f"node {node.name!r}",
@@ -137,9 +145,40 @@ def _take_name(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Fills in the shapes of values that a lowering or an upgrade made."""
+    """Fills in the shapes of values that a lowering or an upgrade made.
+
+    Raises:
+        InputError: the operands of what an operator was lowered to do not fit each other.
+    """
     if any(v.shape is None for n in model.graph for v in n.outputs if v.name):
-        ShapeInferencePass()(model)
+        heard = _Heard()
+        log = logging.getLogger(ShapeInferencePass.__module__)
+        log.addHandler(heard)
+        was, log.propagate = log.propagate, False
+        try:
+            with bounded(shapes.room(len(list(model.graph)) << 10)):
+                ShapeInferencePass()(model)
+        finally:
+            log.removeHandler(heard)
+            log.propagate = was
+        heard.complain()
+
+
+class _Heard(logging.Handler):
+    """Keeps the error that the inference pass only writes to the log."""
+
+    error: BaseException | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.error = record.exc_info[1]
+
+    def complain(self) -> None:
+        if isinstance(self.error, MemoryError):
+            raise InputError(shapes.TOO_LONG, where="the graph") from self.error
+        if self.error is not None:
+            what = shapes.reason(str(self.error))
+            raise InputError(what, where="the graph, after rewriting its dialects") from self.error
 
 
 def numeric_dims(graph: ir.Graph) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -78,6 +79,11 @@ class Op:
     domain: str = ""
     output: int = 0
 
+    @cached_property
+    def heads(self) -> tuple[frozenset[str] | None, ...]:
+        """For each input the operators one of which must make it, `HELD` for a constant."""
+        return tuple(map(_heads, self.inputs))
+
 
 @dataclass(frozen=True)
 class Either:
@@ -87,6 +93,20 @@ class Either:
 
 
 Pattern: TypeAlias = "Var | Constant | Scalar | Op | Either"
+
+HELD = ""
+"""Stands among operators for a constant, which no operator makes."""
+
+
+def _heads(pattern: Pattern) -> frozenset[str] | None:
+    """The operators that may make what `pattern` fits; None if it may be any value."""
+    if isinstance(pattern, Op):
+        return frozenset({pattern.op_type})
+    if isinstance(pattern, Either):
+        parts = [_heads(choice) for choice in pattern.choices]
+        known = [p for p in parts if p is not None]
+        return frozenset().union(*known) if len(known) == len(parts) else None
+    return None if isinstance(pattern, Var) else frozenset({HELD})
 
 
 @dataclass(frozen=True)
@@ -150,7 +170,7 @@ def integers(value: ir.Value | None) -> tuple[int, ...] | None:
     if source is None or source.const_value is None or source.is_graph_input():
         return None
     tensor = source.const_value
-    if tensor.size > 64 or not tensor.dtype.is_integer():
+    if not tensor.dtype.is_integer() or tensor.size > 64:
         return None
     return tuple(int(i) for i in np.asarray(tensor.numpy()).reshape(-1))
 
@@ -161,10 +181,15 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     return default if found is None else found.value
 
 
+_ALIASES = frozenset({"Identity", "Cast"})
+
+
 def _is_transparent(node: ir.Node) -> bool:
-    if vocabulary.is_op(node, "Identity"):
+    if node.op_type not in _ALIASES or not vocabulary.is_op(node, node.op_type):
+        return False
+    if node.op_type == "Identity":
         return True
-    source = see_through(node.inputs[0]) if vocabulary.is_op(node, "Cast") else None
+    source = see_through(node.inputs[0])
     return source is not None and source.dtype is not None and attribute(node, "to") == source.dtype
 
 
@@ -276,11 +301,26 @@ def _match_node(pattern: Op, node: ir.Node, state: _State) -> Iterator[_State]:
     if len(inputs) < count or (len(inputs) > count and not pattern.more):
         return
     orders = [inputs]
-    if pattern.op_type in COMMUTATIVE and count == 2:
+    if count == 2 and pattern.op_type in COMMUTATIVE:
         orders.append((inputs[1], inputs[0]))
     for order in orders:
+        if not all(map(_may_fit, pattern.heads, order)):
+            continue
         for found in _match_all(pattern.inputs, order, state):
             yield from _bind(pattern.name, node.outputs[pattern.output], found)
+
+
+def _may_fit(heads: frozenset[str] | None, value: ir.Value | None) -> bool:
+    """A quick look at what makes `value`, before all its sources are compared."""
+    if heads is None:
+        return True
+    source = see_through(value)
+    if source is None:
+        return False
+    node = source.producer()
+    return (node is not None and node.op_type in heads) or (
+        HELD in heads and source.const_value is not None
+    )
 
 
 def _match_all(
@@ -323,12 +363,15 @@ def index(graph: ir.Graph) -> dict[str, list[ir.Node]]:
 
 def find(graph: ir.Graph, *patterns: Op) -> Iterator[Match]:
     """Every match of one of `patterns`, in graph order; the graph may be rewritten between two."""
-    table = index(graph)
     roots: dict[str, list[Op]] = {}
     for pattern in patterns:
         roots.setdefault(pattern.op_type, []).append(pattern)
+    table: dict[str, list[ir.Node]] = {op_type: [] for op_type in roots}
+    for node in graph:
+        if (op_type := node.op_type) in table:
+            table[op_type].append(node)
     for op_type, choices in roots.items():
-        for node in table.get(op_type, ()):
+        for node in table[op_type]:
             found = _first_match(graph, node, choices)
             if found is not None:
                 yield found

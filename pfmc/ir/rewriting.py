@@ -31,7 +31,7 @@ def add_initialiser(
 
 def add_array(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """Adds a small constant array, float32 or int64, under a name made unique."""
-    return add_initialiser(graph, name, ir.tensor(np.asarray(array)))
+    return add_initialiser(graph, name, ir.Tensor(np.asarray(array)))
 
 
 def substitute(

@@ -1,11 +1,11 @@
 """The readable form of a model: one line a node, for golden tests, dumps and explanations.
 
-    %y: f32[batch,seq,64] = pfmc.FixedLinear(%x, @w[64,64], @b[64])  # n12 model.layers.0.mlp
+%y: f32[batch,seq,64] = pfmc.FixedLinear(%x, @w[64,64], @b[64])  # n12 model.layers.0.mlp
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -124,8 +124,17 @@ def _attribute_value(attribute: ir.Attr) -> str:
 
 def histogram(model: ir.Model) -> dict[str, int]:
     """Operators of the graph and how many there are, sorted by name; ours as ``pfmc.Name``."""
-    counts: dict[str, int] = {}
+    counts: dict[tuple[str, str], int] = {}
     for node in model.graph:
-        prefix = "" if node.domain in ("", "ai.onnx") else f"{node.domain}."
-        counts[prefix + node.op_type] = counts.get(prefix + node.op_type, 0) + 1
-    return dict(sorted(counts.items()))
+        key = node.domain, node.op_type
+        counts[key] = counts.get(key, 0) + 1
+    return named_counts(counts)
+
+
+def named_counts(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    """The same of counts by (domain, operator)."""
+    named: dict[str, int] = {}
+    for (domain, op_type), count in counts.items():
+        name = op_type if domain in ("", "ai.onnx") else f"{domain}.{op_type}"
+        named[name] = named.get(name, 0) + count
+    return dict(sorted(named.items()))

@@ -17,11 +17,15 @@ Operators (B batch, S positions, H heads, D head width; all float32):
 ``QuantiseToken(x) -> y``
     the same with ``scale = max|x| / top`` over the last axis, afresh for every position.
 ``Rotary(x[B, H, S, D], cos, sin) -> y``
-    ``x * cos + rotate_half(x) * sin``; cos and sin broadcast against x.
+    ``x * cos + rotate(x) * sin``; cos and sin broadcast against x. Pairs are elements i and
+    i + D/2 (Llama, GPT-NeoX), or with the attribute ``interleaved = 1`` elements 2i and 2i + 1
+    (GPT-J, Cohere, GLM): a pair (a, b) is turned to (-b, a). Keys stay in the source's order.
 ``SwiGLU(gate, up) -> gate * sigmoid(gate) * up``
 ``SidePath(x[..., in], y[..., out], down[in, rank], up[rank, out]) -> y + (x @ down) @ up``
     an adapter beside the fixed linear that made y; down and up are writable memory of the digital
     fabric, so this is no fixed linear.
+``Trim(y[..., out], gain[out], offset[out]) -> y * gain + offset``
+    what corrects each output of one die's fixed linear; writable memory, too.
 """
 
 from __future__ import annotations
@@ -39,6 +43,10 @@ KEY_SOURCE = "pfmc.src"  # ids of the source nodes this came from, space-separat
 KEY_SCOPE = "pfmc.scope"  # module scope, e.g. "model.layers.0.self_attn"
 KEY_VALUE = "pfmc.value"  # name, in the source file, of the value that a fixed linear produces
 KEY_WEIGHT = "pfmc.weight"  # original weight name(s) of an initialiser
+KEY_SHIFT = "pfmc.shift"  # on the node that says how far rows are from filling their memory
+KEY_FULL = "pfmc.full"  # the input that stands in a node's place if they do fill it, or `DROPPED`
+DROPPED = "drop"
+KEY_SPREAD = "pfmc.spread"  # on a SidePath that belongs to its fixed linear and is no adapter
 
 
 class Stage(enum.Enum):
@@ -56,6 +64,8 @@ QUANTISE_TOKEN = "QuantiseToken"
 ROTARY = "Rotary"
 SWIGLU = "SwiGLU"
 SIDE_PATH = "SidePath"
+TRIM = "Trim"
+INTERLEAVED = "interleaved"  # attribute of Rotary
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class Operator:
     attributes: tuple[tuple[str, ir.AttributeType], ...]
     body: tuple[Op, ...]
     outputs: tuple[str, ...] = ("y",)
+    defaults: tuple[tuple[str, int], ...] = ()
 
 
 OPERATORS: dict[str, Operator] = {
@@ -140,15 +151,28 @@ OPERATORS: dict[str, Operator] = {
     ROTARY: Operator(
         ROTARY,
         ("x", "cos", "sin"),
-        (),
-        (
-            Op("Split", ("x",), ("left", "right"), (("axis", -1), ("num_outputs", 2))),
+        ((INTERLEAVED, ir.AttributeType.INT),),
+        (  # pairs lie `step` apart: rows of [2, step]
+            Op("Constant", (), ("flag",), (("value_int", "@interleaved"),)),
+            Op("Cast", ("flag",), ("near",), (("to", int(ir.DataType.BOOL)),)),
+            Op("Constant", (), ("one",), (("value_ints", (1,)),)),
+            Op("Constant", (), ("two",), (("value_ints", (2,)),)),
+            Op("Constant", (), ("rest",), (("value_ints", (-1,)),)),
+            Op("Shape", ("x",), ("shape",)),
+            Op("Shape", ("x",), ("width",), (("start", -1),)),
+            Op("Div", ("width", "two"), ("half",)),
+            Op("Where", ("near", "one", "half"), ("step",)),
+            Op("Concat", ("rest", "two", "step"), ("rows",), (("axis", 0),)),
+            Op("Reshape", ("x", "rows"), ("pairs",)),
+            Op("Split", ("pairs",), ("left", "right"), (("axis", 1), ("num_outputs", 2))),
             Op("Neg", ("right",), ("negative",)),
-            Op("Concat", ("negative", "left"), ("turned",), (("axis", -1),)),
+            Op("Concat", ("negative", "left"), ("swapped",), (("axis", 1),)),
+            Op("Reshape", ("swapped", "shape"), ("turned",)),
             Op("Mul", ("x", "cos"), ("even",)),
             Op("Mul", ("turned", "sin"), ("odd",)),
             Op("Add", ("even", "odd"), ("y",)),
         ),
+        defaults=((INTERLEAVED, 0),),
     ),
     SWIGLU: Operator(
         SWIGLU,
@@ -168,6 +192,16 @@ OPERATORS: dict[str, Operator] = {
             Op("MatMul", ("x", "down"), ("narrow",)),
             Op("MatMul", ("narrow", "up"), ("wide",)),
             Op("Add", ("y", "wide"), ("z",)),
+        ),
+        ("z",),
+    ),
+    TRIM: Operator(
+        TRIM,
+        ("y", "gain", "offset"),
+        (),
+        (
+            Op("Mul", ("y", "gain"), ("scaled",)),
+            Op("Add", ("scaled", "offset"), ("z",)),
         ),
         ("z",),
     ),
@@ -211,7 +245,8 @@ def function(name: str) -> ir.Function:
         opset_imports={"": OPSET},
         name=name,
     )
-    formal = [ir.Attr(n, kind, None) for n, kind in operator.attributes]
+    defaults = dict(operator.defaults)
+    formal = [ir.Attr(n, kind, defaults.get(n)) for n, kind in operator.attributes]
     return ir.Function(DOMAIN, name, "", graph=graph, attributes=formal)
 
 
@@ -229,8 +264,9 @@ def install(model: ir.Model) -> None:
 
 def is_op(node: ir.Node, op_type: str, domain: str = "") -> bool:
     """Whether `node` is `op_type` of `domain` (``""`` and ``"ai.onnx"`` are the same)."""
-    own = "" if node.domain == "ai.onnx" else node.domain
-    return node.op_type == op_type and own == domain
+    if node.op_type != op_type:
+        return False
+    return node.domain == domain or (domain == "" and node.domain == "ai.onnx")
 
 
 LINEARS = frozenset({FIXED_LINEAR, QUANTISED_LINEAR})

@@ -16,7 +16,7 @@ from pfmc.errors import UsageError, did_you_mean
 from pfmc.ir.vocabulary import Stage
 
 if TYPE_CHECKING:
-    from pfmc.hardware import LayerStatistics, Limits
+    from pfmc.hardware import LayerStatistics, Limits, QuantisedMatrix
     from pfmc.noise import NoiseModel
 
 
@@ -65,6 +65,8 @@ class Context:
         noise: the target's noise; None before a target is chosen.
         seed: of every random choice.
         statistics: calibration statistics by layer id; empty before calibration.
+        matrices: layer id -> gives its rounded matrix, of layers that were rounded on calibration
+            data already.
         progress: takes one line for the user.
     """
 
@@ -72,6 +74,7 @@ class Context:
     noise: NoiseModel | None = None
     seed: int = 0
     statistics: Mapping[str, LayerStatistics] = field(default_factory=dict)
+    matrices: Mapping[str, Callable[[], QuantisedMatrix]] = field(default_factory=dict)
     progress: Callable[[str], None] = _silent
 
 

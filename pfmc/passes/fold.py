@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from pfmc.errors import InputError
 from pfmc.ir import matcher, types
-from pfmc.ir.meaning import OPS, compile_node, key_of
+from pfmc.ir.meaning import OPS, compile_node, growth, key_of
 from pfmc.passes.base import Context, Declined, Pass, PassResult
 from pfmc.passes.rules import where
 from pfmc.passes.weights import SLICE, derived, kind_of, shape_of, transposed
@@ -170,7 +171,7 @@ class _Sweep:
             return
         array = self._compute(node)
         if array is not None:
-            self._become_initialiser(node, ir.tensor(array))
+            self._become_initialiser(node, ir.Tensor(array))
             self._count("folded")
         elif not self._delay(node):
             types.note(node)
@@ -222,6 +223,12 @@ class _Sweep:
         if key_of(node) not in OPS:
             self.declined.append(Declined("fold", where(node), f"{node.op_type} is not computed"))
             return None
+        count = _elements(node)
+        if count > growth.MOST and _static(node.outputs[0]) is not None:
+            what = f"{node.op_type} makes a constant of {count:.4g} elements"
+            raise InputError(f"{what}; at most {growth.MOST}", where=where(node))
+        if count > self.largest:
+            return None
         inputs = [None if v is None else matcher.constant(v) for v in node.inputs]
         array = np.asarray(compile_node(node)(inputs)[0])
         return array if array.nbytes <= self.largest else None
@@ -248,7 +255,7 @@ class _Sweep:
 
         def read() -> ir.TensorProtocol:
             inputs = [None if t is None else t.numpy() for t in tensors]
-            return ir.tensor(np.ascontiguousarray(run(inputs)[0]), name=name)
+            return ir.Tensor(np.ascontiguousarray(run(inputs)[0]), name=name)
 
         lazy = ir.LazyTensor(read, kind_of(scale), ir.Shape(shape_of(codes)), name=name)
         value = matcher.add_initialiser(self.graph, name, lazy, codes.metadata_props)
@@ -325,6 +332,19 @@ def _cost(node: ir.Node) -> int:
     """Bytes of the largest input: reading more than that is not worth folding."""
     tensors = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
     return max((int(t.nbytes) for t in tensors), default=0)
+
+
+_MOST = 1 << 24
+
+
+def _elements(node: ir.Node) -> int:
+    """How many elements the result has if that is known; 0 if not, but it cannot be huge."""
+    shape = _static(node.outputs[0])
+    if shape is not None:
+        return math.prod(shape)
+    operands = [v.const_value for v in node.inputs if v is not None]
+    worst = math.prod(max(1, int(t.size)) for t in operands if t is not None)
+    return worst if worst > _MOST else 0
 
 
 def _tensor_of(node: ir.Node) -> ir.TensorProtocol | None:

@@ -116,6 +116,8 @@ def _check(found: Match) -> str:
         return "both factors are constant"
     if len(shape_of(found["weight"])) != 2:
         return f"constant factor of rank {len(shape_of(found['weight']))}, not a matrix"
+    if 0 in shape_of(found["weight"]):
+        return "a constant matrix without elements"
     return ""
 
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from pfmc.errors import InternalError, PfmcError, UsageError, did_you_mean
 from pfmc.ir import check, text
+from pfmc.ir.record import Record
 from pfmc.ir.vocabulary import Stage
 from pfmc.passes import instruments
 from pfmc.passes.base import Context, Declined, Pass, PassResult
@@ -128,7 +129,7 @@ def run(
     last = _last(steps, settings.stop_after)
     watchers = [*settings.instruments, *([Dump(settings.dump)] if settings.dump else [])]
     with no_garbage_collection():
-        flow = _Flow(model, model.clone(), steps, context, settings, watchers)
+        flow = _Flow(model, Record(model), steps, context, settings, watchers)
         for index in range(last + 1):
             flow.step(index)
     return Outcome(flow.model, tuple(flow.done), settings.stop_after is not None)
@@ -189,18 +190,21 @@ class _Flow:
     """A pipeline under way."""
 
     model: ir.Model
-    origin: ir.Model
+    origin: Record
     steps: list[Pass]
     context: Context
     settings: Settings
     watchers: list[Instrument]
     done: list[Step] = field(default_factory=list)
+    known: check.Snapshot | None = None
+    stage: Stage | None = None  # where the model is known to be, as long as nobody touches it
 
     def step(self, index: int) -> None:
         """Runs one pass under all watchers."""
         step = self.steps[index]
         self.context.progress(f"{index + 1}/{len(self.steps)} {step.name}")
-        check.require_stage(self.model, step.needs)
+        if step.needs is not self.stage:
+            check.require_stage(self.model, step.needs)
         for watcher in self.watchers:
             watcher.before(index, step, self.model)
         try:
@@ -215,14 +219,19 @@ class _Flow:
 
     def _measured(self, index: int, step: Pass) -> PassResult:
         before = self.done[-1].after if self.done else text.histogram(self.model)
-        remembered = check.snapshot(self.model) if self.settings.verify_each else None
+        if self.known is None and self.settings.verify_each:
+            self.known = check.snapshot(self.model)
         start = time.process_time()
         result = step.apply(self.model, self.context)
         middle = time.process_time()
         if self.settings.verify_each:
-            check.check(result.model, remembered)
+            self.known = check.check(result.model, self.known)
             check.require_stage(result.model, step.gives)
-        after, end = text.histogram(result.model), time.process_time()
+            self.stage = step.gives
+            after = text.named_counts(self.known.operators)
+        else:
+            after = text.histogram(result.model)
+        end = time.process_time()
         self.done.append(
             Step(
                 label(index + 1, step),
@@ -241,13 +250,13 @@ class _Flow:
     def _crash(self, index: int, error: Exception) -> InternalError:
         """Writes the reproducer of a crash in pass `index`: earlier passes are run once more."""
         folder = self.settings.reproducer or Path(tempfile.mkdtemp(prefix="pfmc-crash-"))
-        model, first = self.origin.clone(), index
+        model, first = self.origin.model(), index
         quiet = replace(self.context, progress=Context().progress)
         try:
             for step in self.steps[:index]:
                 model = step.apply(model, quiet).model
         except Exception:  # the way there fails too: hand out the model from the start
-            model, first = self.origin, 0
+            model, first = self.origin.model(), 0
         instruments.write_reproducer(
             folder, model, self.steps[first : index + 1], self.context, error,
             self.settings.keep_weights,

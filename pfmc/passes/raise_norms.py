@@ -218,7 +218,7 @@ def _vector(graph: ir.Graph, found: Match, name: str) -> ir.Value:
         return value
     flat = value.const_value.numpy().reshape(-1)
     return matcher.add_initialiser(
-        graph, f"{value.name}:flat", ir.tensor(flat), value.metadata_props
+        graph, f"{value.name}:flat", ir.Tensor(flat), value.metadata_props
     )
 
 

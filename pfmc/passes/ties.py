@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from pfmc.ir import matcher, provenance, vocabulary
+from pfmc.ir import matcher, provenance, stored, vocabulary
 from pfmc.passes.base import Context, Pass, PassResult
-from pfmc.passes.weights import ORIGIN, TRANSPOSE_OF, kind_of, shape_of
+from pfmc.passes.weights import TRANSPOSE_OF, kind_of, shape_of
 
 KEY_TIED = "pfmc.tied"
 """On an embedding's Gather and on a fixed linear: the weight they share, the table's name."""
@@ -20,16 +18,15 @@ KEY_TIED = "pfmc.tied"
 KEY_TURNED = "pfmc.tied_transposed"
 """On a tied fixed linear: ``"1"`` if its weight is the transpose of the table."""
 
-_ROWS = 4096
-_SAMPLE = 16
+_ROWS, _COLUMNS = 4096, 256
 
 
 @dataclass(frozen=True)
 class Ties(Pass):
     """Marks embeddings and fixed linears of equal weights, so that hardware holds them once.
 
-    Exporters store a tied pair twice, so values are compared: shapes, then a sample of rows, then
-    all of it, a block of rows at a time. The graph itself stays as it is.
+    Exporters store a tied pair twice, so values are compared as they are stored: shapes, then a
+    few numbers, then all of them, a tile at a time. The graph itself stays as it is.
     """
 
     name: ClassVar[str] = "ties"
@@ -71,42 +68,39 @@ def _relation(table: ir.Value, weight: ir.Value, known: _Samples) -> bool | None
     if weight.meta.get(TRANSPOSE_OF) is table.const_value:
         return True
     rows, columns = shape_of(table)
-    if kind_of(table) != kind_of(weight) or _array(table).dtype != _array(weight).dtype:
-        return None
     for turned, shape in ((True, (columns, rows)), (False, (rows, columns))):
-        if shape_of(weight) == shape and known.of(table, False) == known.of(weight, turned):
-            return turned if _equal(table, weight, turned) else None
+        if shape_of(weight) == shape and kind_of(table) == kind_of(weight):
+            alike = known.of(table, False) == known.of(weight, turned)
+            if alike and _equal(table, weight, turned):
+                return turned
     return None
 
 
 class _Samples:
-    """Digests of a sample of rows (or of columns), each read once."""
+    """A few numbers of each matrix, each read once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[ir.Value, bool], bytes] = {}
+        self._known: dict[tuple[ir.Value, bool], tuple[str, bytes]] = {}
 
-    def of(self, value: ir.Value, turned: bool) -> bytes:
-        """The digest of a sample of rows of the matrix, or of its transpose."""
+    def of(self, value: ir.Value, turned: bool) -> tuple[str, bytes]:
+        """The type and some numbers of the matrix, or of its transpose."""
         key = (value, turned)
         if key not in self._known:
-            array = _array(value).T if turned else _array(value)
-            places = np.linspace(0, len(array) - 1, min(_SAMPLE, len(array))).astype(int)
-            rows = np.ascontiguousarray(array[places])
-            self._known[key] = hashlib.sha256(rows.tobytes()).digest()
+            array = stored.numbers(value)
+            self._known[key] = stored.sample(array.T if turned else array)
         return self._known[key]
 
 
 def _equal(table: ir.Value, weight: ir.Value, turned: bool) -> bool:
-    left, right = _array(table), _array(weight)
+    """Whether every number is equal; of mapped files one tile at a time is in memory."""
+    left, right = stored.numbers(table), stored.numbers(weight)
     right = right.T if turned else right
-    return all(
-        np.array_equal(left[at : at + _ROWS], right[at : at + _ROWS])
-        for at in range(0, len(left), _ROWS)
-    )
-
-
-def _array(value: ir.Value) -> npt.NDArray[Any]:
-    """The numbers as they are stored, so that a lazily widened matrix is not made for a look."""
-    stored: ir.TensorProtocol | None = value.meta.get(ORIGIN, value.const_value)
-    assert stored is not None
-    return stored.numpy()
+    rows, columns = left.shape
+    for row in range(0, rows, _ROWS):
+        for column in range(0, columns, _COLUMNS):
+            here = slice(row, row + _ROWS), slice(column, column + _COLUMNS)
+            if not np.array_equal(left[here], right[here]):
+                return False
+            stored.release(left[here])
+            stored.release(right[here])
+    return True

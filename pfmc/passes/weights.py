@@ -9,15 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pfmc.ir import matcher, provenance, vocabulary
+from pfmc.ir import matcher, provenance, stored, vocabulary
 
 Array = npt.NDArray[Any]
 
 KEY_PERM = "pfmc.perm"
 """On a fixed linear: the source value equals the linear's output transposed by this."""
-
-ORIGIN = "pfmc.origin"
-"""In a value's meta: the stored tensor of the same numbers that its lazy one is made of."""
 
 TRANSPOSE_OF = "pfmc.transpose_of"
 """In the ``meta`` of a lazy transpose: the tensor that it is the transpose of."""
@@ -46,11 +43,13 @@ def derived(
         array = tensor.numpy()
         for step in chain:
             array = step(array)
-        return ir.tensor(np.ascontiguousarray(array), dtype=kind, name=name)
+        return ir.Tensor(np.ascontiguousarray(array), dtype=kind, name=name)
 
     lazy = ir.LazyTensor(read, kind, ir.Shape(shape), name=name)
     value = matcher.add_initialiser(graph, name, lazy, source.metadata_props)
     value.meta[_VIEW] = (tensor, chain)
+    base = stored.source(source)
+    stored.remember(value, lambda: of(base()))
     if SLICE in source.meta:
         value.meta[SLICE] = source.meta[SLICE]
     return value

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pfmc.ir import vocabulary
+from pfmc.ir import stored, vocabulary
 from pfmc.passes.base import Context, Pass, PassResult
-from pfmc.passes.weights import ORIGIN
 
 _HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -46,14 +45,14 @@ def _widen_weight(value: ir.Value) -> int:
         return 0
     value.const_value = _widened(tensor)
     if tensor.size > 1:
-        value.meta[ORIGIN] = tensor
+        stored.remember(value, tensor.numpy)
     value.type = ir.TensorType(ir.DataType.FLOAT)
     return 1
 
 
 def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
-        return ir.tensor(_float32(tensor.numpy()), name=tensor.name)
+        return ir.Tensor(_float32(tensor.numpy()), name=tensor.name)
 
     shape = ir.Shape([int(d) for d in tensor.shape.numpy()])
     return ir.LazyTensor(read, ir.DataType.FLOAT, shape, name=tensor.name)
@@ -75,7 +74,7 @@ def _widen_attributes(node: ir.Node) -> int:
                 changed += 1
         elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in _HALVES:
             node.attributes[key] = ir.AttrTensor(
-                key, ir.tensor(_float32(attribute.value.numpy()))
+                key, ir.Tensor(_float32(attribute.value.numpy()))
             )
             changed += 1
     return changed

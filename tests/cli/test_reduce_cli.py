@@ -46,7 +46,7 @@ def test_json(tmp_path: Path, here: Callable[..., Any]) -> None:
     assert body["nodes"] == [2, 1]
     assert body["finished"] is True
     assert set(body) == {
-        "schema_version", "path", "sha256", "nodes", "bytes", "checks", "finished",
+        "schema_version", "path", "sha256", "nodes", "bytes", "checks", "finished", "interrupted",
     }  # fmt: skip
 
 
@@ -73,9 +73,12 @@ def test_with_pfmc_itself(
 ) -> None:
     root = Path(__file__).resolve().parents[2]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), *sys.path[1:]]))
-    check = f"{sys.executable} -m pfmc compile {{}} --target rom --stop-after canonical"
+    check = f"{sys.executable} -m pfmc inspect {{}}"  # quicker than compile, refused by the same
     out = tmp_path / "small.onnx"
-    done = here("reduce", dice(tmp_path), "--check", check, "--match", "Bernoulli", "-o", out)
+    done = here(
+        "reduce", dice(tmp_path), "--check", check, "--exit-code", 3, "--match", "Bernoulli",
+        "-o", out,
+    )  # fmt: skip
     assert done.code == 0, done.err
     assert [n.op_type for n in onnx.load(out).graph.node] == ["Bernoulli"]
 
@@ -100,4 +103,6 @@ def test_lint_from_the_command_line(tmp_path: Path, here: Callable[..., Any]) ->
     body = json.loads(as_json.out)
     assert (as_json.code, body["schema_version"], body["counts"]["error"]) == (3, 1, 1)
     here("inspect", "--lint", path, "--dot").refused(2, "choose one")
+    here("inspect", path, "--recipe", "rom").refused(2, "--lint")
+    here("inspect", "--lint", path, "--recipe", "nobodys").refused(2)
     here("inspect", "--lint", tmp_path / "no.onnx").refused(2, "No such file")
