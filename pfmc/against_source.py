@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from pfmc import ingest
+from pfmc.against_experts import expert_rows
 from pfmc.distill import calibrate, drive, measure
 from pfmc.distill.drive import Drive
 from pfmc.distill.feeds import batches_of_file
@@ -82,7 +83,7 @@ def judge_of(source: Path) -> str:
     return "transformers" if source.name == CHECKPOINT else "ONNX Runtime"
 
 
-def _truth(source: Path, observe: Sequence[str] = ()) -> Oracle | Reference:
+def truth_of(source: Path, observe: Sequence[str] = ()) -> Oracle | Reference:
     """What runs the untouched source: ONNX Runtime a file, transformers a checkpoint."""
     if source.name == CHECKPOINT:
         return Reference(source.parent, observe=observe)
@@ -116,19 +117,22 @@ def end_to_end(
     machine: Machine, source: Path, plan: Plan, progress: Progress
 ) -> list[Row]:
     """Errors of every layer and of the whole model, measured as `plan` says."""
-    model = ingest.load(source).model
-    lead = _drive(model)
+    loaded = ingest.load(source)
+    model, lead = loaded.model, drive_of(loaded.model)
     progress("making inputs")
-    batches = _batches(machine, model, lead, plan)
+    batches = batches_of(machine, model, lead, plan)
     progress(f"layers against {plan.judge}")
-    rows = _layers(machine, model, lead, source, batches[0], plan.thresholds)
+    hidden = loaded.merged  # inside a branch, where nobody can look
+    rows = [] if hidden else _layers(
+        machine, model, lead, source, batches[0], plan.thresholds
+    )
     progress(f"the whole model against {plan.judge}")
     if lead is not None:
         return rows + _language(machine, lead, source, batches, plan)
     return rows + _encoder(machine, source, batches, plan.thresholds)
 
 
-def _drive(model: ir.Model) -> Drive | None:
+def drive_of(model: ir.Model) -> Drive | None:
     """How the source is driven as a language model; None if it is none."""
     try:
         return drive.detect(model)
@@ -136,7 +140,7 @@ def _drive(model: ir.Model) -> Drive | None:
         return None
 
 
-def _batches(
+def batches_of(
     machine: Machine, model: ir.Model, lead: Drive | None, plan: Plan
 ) -> list[dict[str, Array]]:
     """What is measured on: the user's arrays or text, else text that the source model writes."""
@@ -211,7 +215,7 @@ def _layers(
         feeds = feeds_of(lead, feeds[lead.ids][:, : lead.length])
     outputs = {str(v.name) for v in model.graph.outputs}
     observe = sorted({v for v, _ in values.values()} - outputs)
-    with _truth(source, observe=observe) as oracle:
+    with truth_of(source, observe=observe) as oracle:
         truth = oracle.run(feeds)
     seen = _outputs(machine, machine_feeds(machine, lead, feeds))
     real = _real_positions(feeds)
@@ -223,14 +227,17 @@ def _layers(
         rows.append(Row(f"worst layer ({worst})", errors[worst], limit, unit="relative RMS error"))
         middle = float(np.median(list(errors.values())))
         rows.append(Row("median layer", middle, unit="relative RMS error"))
-    return rows
+    return rows + expert_rows(
+        machine, source, lambda graph: _feeds_for(graph, lead, feeds), truth,
+        thresholds.get("layer_error"),
+    )  # fmt: skip
 
 
 def _outputs(machine: Machine, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """The output of every fixed linear, together with its side path's if there is one."""
     beside = {
         provenance.scope(n): str(n.outputs[0].name) for n in machine.student.model.graph
-        if vocabulary.is_op(n, vocabulary.SIDE_PATH, vocabulary.DOMAIN)
+        if n.domain == vocabulary.DOMAIN and n.op_type in (vocabulary.TRIM, vocabulary.SIDE_PATH)
     }  # fmt: skip
     machine = machine.with_outputs(list(beside.values())) if beside else machine
     seen: dict[str, Array] = {}
@@ -266,9 +273,15 @@ def machine_feeds(
     machine: Machine, lead: Drive | None, feeds: Mapping[str, Array]
 ) -> dict[str, Array]:
     """`feeds` of the source file as the lowered graph takes them; its KV memory starts empty."""
-    if lead is not None and (own := _drive(machine.student.model)) is not None:
+    return _feeds_for(machine.student.model, lead, feeds)
+
+
+def _feeds_for(
+    model: ir.Model, lead: Drive | None, feeds: Mapping[str, Array]
+) -> dict[str, Array]:
+    if lead is not None and (own := drive_of(model)) is not None:
         return feeds_of(own, feeds[lead.ids])
-    wanted = {str(v.name) for v in machine.student.model.graph.inputs}
+    wanted = {str(v.name) for v in model.graph.inputs}
     return {k: v for k, v in feeds.items() if k in wanted}
 
 
@@ -292,7 +305,7 @@ def _language(
     """Perplexity ratio, KL and top-1 agreement over the windows."""
     thresholds = plan.thresholds
     decoder, comparison = machine.decoder(), measure.Comparison()
-    with _truth(source) as oracle:
+    with truth_of(source) as oracle:
         for feeds in batches:
             ids = feeds[lead.ids]
             comparison.add(token_scores(oracle, lead, feeds), decoder.logits(ids), ids)
@@ -328,7 +341,7 @@ def _encoder(
 ) -> list[Row]:  # fmt: skip
     """Cosine of every floating-point output's vectors, and rank correlation of similarities."""
     pairs: dict[str, _Pair] = {}
-    with _truth(source) as oracle:
+    with truth_of(source) as oracle:
         for feeds in batches:
             truth, ours = oracle.run(feeds), machine.run(machine_feeds(machine, None, feeds))
             for name in _shared(truth, ours):
@@ -368,7 +381,8 @@ class _Pair:
 
 def _shared(truth: Mapping[str, Array], ours: Mapping[str, Array]) -> Iterator[str]:
     for name, value in truth.items():
-        if name in ours and value.dtype.kind == "f" and value.ndim >= 2 and value.shape[-1] > 1:
+        real = value.dtype.kind == "f" and value.size > 0
+        if name in ours and real and value.ndim >= 2 and value.shape[-1] > 1:
             yield name
 
 

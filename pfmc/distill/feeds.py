@@ -11,13 +11,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from pfmc.distill.drive import Drive
-from pfmc.errors import FileError, UsageError, did_you_mean
+from pfmc.distill.shapes import image_side
+from pfmc.errors import FileError, InputError, UsageError, did_you_mean
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 
 BATCH = 8
 """Sequences or images a run, where the graph leaves it free."""
+LABELS = "labels"
+"""Array of an ``.npz`` file that holds the classes of its samples."""
 
 
 def text_feeds(drive: Drive, ids: Array) -> Iterator[Feeds]:
@@ -28,10 +31,11 @@ def text_feeds(drive: Drive, ids: Array) -> Iterator[Feeds]:
         part = ids[start : start + rows]
         if drive.batch and len(part) < rows:
             part = np.concatenate([part, np.repeat(part[-1:], rows - len(part), axis=0)])
-        yield _text_feed(drive, part)
+        yield text_feed(drive, part)
 
 
-def _text_feed(drive: Drive, ids: Array) -> Feeds:
+def text_feed(drive: Drive, ids: Array) -> Feeds:
+    """The graph inputs of one call on tokens ``ids[B, S]``, padded to a fixed length."""
     real = ids.shape[1]
     padded = np.zeros((len(ids), drive.length or real), np.int64)
     padded[:, :real] = ids
@@ -71,24 +75,24 @@ def batches(
     size = next((d for d in (_dims(v)[0] for v in values if _dims(v)) if isinstance(d, int)), 0)
     step = size or min(BATCH, count)
     fixed = next((d for v in values if is_ids(v) for d in _dims(v)[1:] if isinstance(d, int)), 0)
-    shared = _shared(values)
+    shared, side = _shared(values), image_side(model)
     for start in range(0, count, step):
         rows = np.arange(start, start + step)
         real = np.where(rows % 4 == 3, (fixed or length) * 3 // 4, fixed or length)
         part = None if ids is None else ids[rows % len(ids)][:, : fixed or length]
         yield {
-            str(v.name): _feed(v, rng, step, fixed or length, real, part, vocabulary_of(v), shared)
+            str(v.name): _feed(v, rng, step, fixed or length, real, part, vocabulary_of(v), shared, side)
             for v in values
         }
 
 
 def _feed(
     value: ir.Value, rng: np.random.Generator, rows: int, length: int, real: Array,
-    ids: Array | None, vocabulary: int, shared: frozenset[str],
+    ids: Array | None, vocabulary: int, shared: frozenset[str], side: int,
 ) -> Array:  # fmt: skip
     name, kind = str(value.name).lower(), value.dtype or ir.DataType.FLOAT
     shape = tuple(
-        length if axis and v in shared else _size(v, axis, value, rows, length)
+        length if axis and v in shared else _size(v, axis, value, rows, length, side)
         for axis, v in enumerate(_dims(value))
     )
     if "mask" in name:
@@ -121,7 +125,9 @@ def _dims(value: ir.Value) -> list[int | str | None]:
     return [int(d) if isinstance(d, str) and d.isdecimal() else d for d in sizes]
 
 
-def _size(dim: int | str | None, axis: int, value: ir.Value, rows: int, length: int) -> int:
+def _size(
+    dim: int | str | None, axis: int, value: ir.Value, rows: int, length: int, side: int = 0
+) -> int:
     if isinstance(dim, int):
         return dim
     if axis == 0:
@@ -130,7 +136,7 @@ def _size(dim: int | str | None, axis: int, value: ir.Value, rows: int, length: 
         return 0
     rank = len(_dims(value))
     if rank == 4:  # an image of free size
-        return 3 if axis == 1 else 224
+        return 3 if axis == 1 else side
     sound = rank == 2 and value.dtype is not None and value.dtype.is_floating_point()
     return max(length, 4096) if sound and "mask" not in str(value.name) else length
 
@@ -161,12 +167,16 @@ def vocabulary_of(ids: ir.Value) -> int:
 def batches_of_file(model: ir.Model, path: Path, count: int) -> Iterator[Feeds]:
     """The graph inputs in an ``.npz`` file, in batches; at most `count` samples.
 
+    An array `LABELS` may stand beside them (see `labels_of_file`).
+
     Raises:
         UsageError: an input is missing, unknown, or has another number of samples.
         FileError: the file cannot be read.
     """
     arrays = _read_npz(path)
     values = {str(v.name): v for v in model.graph.inputs}
+    if LABELS not in values:
+        arrays.pop(LABELS, None)
     for name in arrays:
         if name not in values:
             raise UsageError(
@@ -185,6 +195,24 @@ def batches_of_file(model: ir.Model, path: Path, count: int) -> Iterator[Feeds]:
         rows = len(next(iter(part.values())))
         empty = {n: _empty(v, rows) for n, v in values.items() if n not in part}
         yield {**part, **empty}
+
+
+def labels_of_file(path: Path) -> npt.NDArray[np.int64] | None:
+    """The array `LABELS` of an ``.npz`` file: classes ``[N]``; None if there is none.
+
+    Raises:
+        FileError: the file cannot be read.
+        InputError: the labels are not one whole number a sample.
+    """
+    labels = _read_npz(path).get(LABELS)
+    if labels is None:
+        return None
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
+        raise InputError(
+            f"labels are {labels.dtype} of shape {list(labels.shape)}", where=str(path),
+            mend="give one class a sample, counted from 0",
+        )  # fmt: skip
+    return labels.astype(np.int64)
 
 
 def _empty(value: ir.Value, rows: int) -> Array:

@@ -77,7 +77,9 @@ class Session:
         try:
             with _threads_for(self.weights * batch * count):
                 outputs: dict[str, Tensor] = self.student(**inputs)
-        except IndexError as error:
+        except (IndexError, RuntimeError, ValueError) as error:  # a table too short
+            if isinstance(error, RuntimeError) and "must match" not in str(error):
+                raise
             raise UsageError(
                 f"the model cannot hold {past + count} tokens: {error}", mend="shorten the text"
             ) from error

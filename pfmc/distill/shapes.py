@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ SIDES = (224, 32, 30, 64, 16, 28, 48, 96, 128, 256, 384, 336, 448, 512)
 """Image sides tried, in order, where an image input has no fixed size."""
 
 _LARGE = 1 << 20
+_MOST = 1 << 27  # elements of a graph input in one run
 
 Array = npt.NDArray[np.generic]
 
@@ -51,6 +53,18 @@ def probe_shapes(model: ir.Model) -> dict[str, tuple[ShapeProbe, ...]]:
     """
     runs = [_run(model, *_lengths(model, s, p)) for s, p in PROBES]
     return {name: (runs[0][name], runs[1][name]) for name in runs[0]}
+
+
+def image_side(model: ir.Model) -> int:
+    """Side of the images that the model takes: the first of `SIDES` on which it runs.
+
+    Raises:
+        InputError: it runs on none of them; the message names the node.
+    """
+    image = next((str(v.name) for v in model.graph.inputs if _is_image(v)), None)
+    if image is None:
+        return SIDES[0]
+    return int(_run(model, *_lengths(model, *PROBES[0]))[image].shape[-1])
 
 
 def _lengths(model: ir.Model, positions: int, past: int) -> tuple[int, int]:
@@ -122,6 +136,10 @@ def _feed(value: ir.Value, run: _Run) -> Array:
         d if isinstance(d, int) else _length(value, axis, run)
         for axis, d in enumerate(_dims(value))
     )
+    if math.prod(shape) > _MOST:
+        raise InputError(
+            f"A graph input has {math.prod(shape)} elements in one run; at most {_MOST}", where=name
+        )
     dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
     if "mask" in name:
         return np.ones(shape, dtype)

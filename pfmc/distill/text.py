@@ -155,14 +155,37 @@ def windows(
 def windows_of_file(
     path: Path, tokenizer: Tokenizer, length: int, count: int | None = None
 ) -> np.ndarray:
-    """The windows of a text file, each opened by the tokenizer's BOS if it has one."""
+    """The windows of a text file, or of every ``.txt`` file of a folder; none spans two files.
+
+    Each is opened by the tokenizer's BOS if it has one.
+
+    Raises:
+        FileError: it cannot be read. InputError: it is no text.
+        UsageError: no file fills one window.
+    """
+    if not path.is_dir():
+        return windows(_tokens(path, tokenizer), length, count, tokenizer.bos_id)
+    body = length - (tokenizer.bos_id is not None)
+    texts = [_tokens(p, tokenizer) for p in sorted(path.glob("*.txt"))]
+    whole = [windows(ids, length, None, tokenizer.bos_id) for ids in texts if len(ids) >= body]
+    if not whole:
+        raise UsageError(
+            f"no .txt file here fills one window of {length} tokens", where=str(path),
+            mend="give longer texts or shorter windows",
+        )  # fmt: skip
+    cut = np.concatenate(whole)
+    few = count is not None and count < len(cut)
+    return cut[np.arange(count) * len(cut) // count] if few and count else cut
+
+
+def _tokens(path: Path, tokenizer: Tokenizer) -> list[int]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise FileError(f"cannot read {path.name}: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path.name} is not UTF-8 text", where=str(path)) from error
-    return windows(tokenizer.encode(text, special=False), length, count, tokenizer.bos_id)
+    return tokenizer.encode(text, special=False)
 
 
 def self_generated(

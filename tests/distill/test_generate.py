@@ -17,7 +17,11 @@ from pfmc.distill.generate import Decoder, MemorySession, WindowSession
 from pfmc.distill.student import Student
 from pfmc.distill.text import find_tokenizer, load_tokenizer
 from pfmc.errors import UsageError
+from pfmc.ingest.load import load
+from pfmc.passes import pipeline, recipe
+from tests.passes import sources
 
+ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 Maker = Callable[..., ir.Model]
 PROMPT = [1, 2, 3, 4]
 
@@ -163,3 +167,25 @@ def test_small_calls_run_on_one_thread_and_large_ones_on_all(
     finally:
         torch.set_num_threads(before)
     np.testing.assert_allclose(few, many, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama__h_dyn", "gpt2__h_dyn", "gpt_oss__h_dyn"])
+def test_a_batch_padded_on_the_left(name: str, tmp_path: Path) -> None:
+    """Every real position is what ONNX Runtime makes of the file; padded queries nobody reads."""
+    source = ZOO / f"{name}.onnx"
+    if not source.is_file():
+        pytest.skip(f"{source.name} is absent")
+    path = sources.louder(source, tmp_path / source.name)
+    model = pipeline.canonicalise(load(path).model, recipe.load("stream", ()).passes).model
+    ids = np.random.default_rng(0).integers(3, 60, (2, 7))
+    mask = np.ones((2, 7), np.int64)
+    mask[1, :3] = 0
+    wanted = sources.answers(sources.session(path), {"input_ids": ids, "attention_mask": mask})
+    feeds = sources.translated(model, {"input_ids": ids, "attention_mask": mask})
+    with torch.inference_mode():
+        got = Student(model).eval()(**{n: torch.from_numpy(a) for n, a in feeds.items()})
+    real = mask > 0
+    np.testing.assert_allclose(
+        got["logits"].numpy()[real], wanted["logits"][real], rtol=1e-4, atol=1e-5
+    )
+    assert torch.isfinite(got["logits"]).all()

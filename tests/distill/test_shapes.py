@@ -123,3 +123,25 @@ def test_a_sound_is_long_enough_for_its_kernels() -> None:
     )
     first, second = probe_shapes(model)["y"]
     assert 0 < first.size < second.size
+
+
+def test_images_have_the_side_on_which_the_model_runs() -> None:
+    """A table of 4 positions after patches of 16: only images of 32 x 32 fit."""
+    from pfmc.distill.feeds import batches
+    from pfmc.distill.shapes import image_side
+
+    rng = np.random.default_rng(0)
+    kernel = ir.tensor(rng.normal(size=(6, 3, 16, 16)).astype(np.float32), name="kernel")
+    table = ir.tensor(rng.normal(size=(1, 6, 4)).astype(np.float32), name="table")
+    shape = ir.tensor(np.array([0, 6, -1]), name="shape")
+    held = [ir.Value(name=str(t.name), const_value=t) for t in (kernel, table, shape)]
+    image = ir.Value(name="pixels", shape=ir.Shape(["batch", 3, "height", "width"]),
+                     type=ir.TensorType(ir.DataType.FLOAT))  # fmt: skip
+    conv = ir.node("Conv", [image, held[0]], {"strides": [16, 16]})
+    flat = ir.node("Reshape", [conv.outputs[0], held[2]])
+    added = ir.node("Add", [flat.outputs[0], held[1]], outputs=[ir.Value(name="y")])
+    graph = ir.Graph([image], added.outputs, nodes=[conv, flat, added], initializers=held,
+                     opset_imports={"": 24}, name="patches")  # fmt: skip
+    model = ir.Model(graph, ir_version=11)
+    assert image_side(model) == 32
+    assert next(iter(batches(model, 2, 8, 0)))["pixels"].shape == (2, 3, 32, 32)
