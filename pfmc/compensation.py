@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pfmc import rounding
+from pfmc import formats, rounding
+from pfmc.formats import Format
 from pfmc.rounding import Codes, Floats
 
 Doubles = npt.NDArray[np.float64]
@@ -62,7 +63,13 @@ class Compensation:
 
 
 def compensate(
-    weight: npt.NDArray[Any], bits: int, group: int = 0, *, moment: npt.NDArray[np.floating[Any]]
+    weight: npt.NDArray[Any],
+    bits: int,
+    group: int = 0,
+    *,
+    moment: npt.NDArray[np.floating[Any]],
+    form: Format | None = None,
+    start: tuple[Codes, Floats] | None = None,
 ) -> Compensation:
     """Rounds ``weight[in, out]`` so that the outputs on the calibration data err least.
 
@@ -71,17 +78,24 @@ def compensate(
         bits: width of a code, 2 to 8.
         group: inputs that share a scale; 0 for all.
         moment: ``X^T X / n`` of the layer's inputs, ``[in, in]``.
+        form: the codes' format, ``int`` of `bits` if absent; scales that the format restricts
+            stay those of the clip search.
+        start: what the clip search found, if it ran already.
 
     Raises:
         InputError: the matrix holds NaN or infinity.
         UsageError: `bits` is out of range.
     """
     second = np.asarray(moment, np.float64)
-    codes, scale = rounding.quantise(weight, bits, group, input_power=np.diagonal(second).copy())
-    problem = _Problem.of(second, rounding.top_of(bits), group)
+    form = form or formats.of("int", bits)
+    power = np.diagonal(second).copy()
+    if start is None:
+        start = rounding.quantise(weight, bits, group, input_power=power, form=form)
+    codes, scale = start[0].copy(), start[1].copy()
+    problem = _Problem.of(second, form, group)
     total = before = after = kept = 0.0
-    for start in range(0, weight.shape[1], _OUTPUTS):
-        part = slice(start, start + _OUTPUTS)
+    for first in range(0, weight.shape[1], _OUTPUTS):
+        part = slice(first, first + _OUTPUTS)
         wide = weight[:, part].astype(np.float64)
         old = _Rounded(codes[:, part].astype(np.float64), scale[:, part].astype(np.float64))
         clip = problem.error(wide, old)
@@ -96,9 +110,9 @@ def compensate(
             clip = np.where(better, error, clip)
             kept += float(better.sum())
         after += float(clip.sum())
-    power = total if total > 0 else 1.0
+    output = total if total > 0 else 1.0
     return Compensation(
-        codes, scale, before / power, after / power, kept / max(1, weight.shape[1]),
+        codes, scale, before / output, after / output, kept / max(1, weight.shape[1]),
         problem.factor is None,
     )  # fmt: skip
 
@@ -123,19 +137,19 @@ class _Problem:
 
     second: Doubles
     damped: Doubles
-    top: int
+    form: Format
     group: int
     order: npt.NDArray[np.intp]
     factor: Doubles | None = field(repr=False)
 
     @classmethod
-    def of(cls, second: Doubles, top: int, group: int) -> _Problem:
+    def of(cls, second: Doubles, form: Format, group: int) -> _Problem:
         """Prepares the factor."""
         power = np.diagonal(second)
         damped = second.copy()
         np.fill_diagonal(damped, power + DAMPING * power.mean())
         order = np.argsort(-power, kind="stable")
-        return cls(second, damped, top, group or len(second), order, _factor(damped, order))
+        return cls(second, damped, form, group or len(second), order, _factor(damped, order))
 
     def dequantised(self, rounded: _Rounded) -> Doubles:
         """``codes * scale``, as float32 arithmetic of the hardware gives it, in float64."""
@@ -152,12 +166,13 @@ class _Problem:
         """The three steps of the module's docstring."""
         found = _Rounded(self._spread(weight, start.scale), start.scale)
         for _ in range(ROUNDS):
-            found = self._rescaled(weight, found)
+            if self.form.scales == "free":
+                found = self._rescaled(weight, found)
             found = self._descended(weight, found)
         return found
 
     def _round(self, values: Doubles, scale: Doubles) -> Doubles:
-        return np.clip(np.rint(values / scale), -self.top, self.top)
+        return np.asarray(self.form.codes(values / scale), np.float64)
 
     def _spread(self, weight: Doubles, scale: Doubles) -> Doubles:
         """Step 1: the codes of GPTQ."""

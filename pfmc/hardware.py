@@ -24,6 +24,7 @@ class Limits:
             calibration.
         fabric_bits: width of a number in the KV memory, in attention's operands and in stored
             tables on the digital fabric, in bits; 0 if they stay real numbers.
+        formats: number formats of weight codes that it holds (`pfmc.formats`).
     """
 
     weight_bits: tuple[int, int]
@@ -33,6 +34,7 @@ class Limits:
     tile_outputs: int
     static_inputs: bool
     fabric_bits: int = 0
+    formats: tuple[str, ...] = ("int",)
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,14 @@ class QuantisedMatrix:
     """Symmetric integer codes of a weight matrix.
 
     Attributes:
-        codes: int8 ``[in, out]``, within ±(2**(bits-1) - 1).
-        bits: width of a code.
+        codes: int8 ``[in, out]``, integers of the format: within ±(2**(bits-1) - 1) if ``int``.
+        bits: width of a stored code.
         scale: float32 ``[groups, out]``; weight[i, o] = codes[i, o] * scale[i // group, o].
         group: inputs that share a scale; the number of inputs when scales are per channel.
         diagnostics: how well it was rounded, for the report.
+        format: name of the number format (`pfmc.formats`).
+        choice: the search that won (``plain``, ``clip``, ``compensate``, ``learned``), or "".
+        unit: what stored block scales are multiples of, where the format has one for the matrix.
     """
 
     codes: npt.NDArray[np.int8]
@@ -52,6 +57,9 @@ class QuantisedMatrix:
     scale: npt.NDArray[np.float32]
     group: int
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    format: str = "int"
+    choice: str = ""
+    unit: float = 1.0
 
     def weights(self) -> npt.NDArray[np.float32]:
         """The dequantised matrix, float32 ``[in, out]``."""
@@ -60,7 +68,8 @@ class QuantisedMatrix:
 
     def digest(self) -> str:
         """sha256 over codes and scales."""
-        h = hashlib.sha256(f"{self.bits} {self.group} {self.codes.shape}".encode())
+        form = "" if self.format == "int" else f"{self.format} "
+        h = hashlib.sha256(f"{form}{self.bits} {self.group} {self.codes.shape}".encode())
         h.update(np.ascontiguousarray(self.codes).data)
         h.update(np.ascontiguousarray(self.scale).data)
         return h.hexdigest()
@@ -106,6 +115,8 @@ class FixedLinear:
         statistics: calibration statistics, or None where none were taken.
         sources: ids of the source nodes.
         weight: the original weight's name.
+        output_range: learned ranges of the output converters in the target's own unit and shape
+            (`pfmc.targets.base.Twin.ranges`), or None: the target chooses.
     """
 
     name: str
@@ -116,6 +127,7 @@ class FixedLinear:
     statistics: LayerStatistics | None = None
     sources: tuple[str, ...] = ()
     weight: str = ""
+    output_range: npt.NDArray[np.float32] | None = None
 
     @property
     def inputs(self) -> int:
@@ -166,7 +178,14 @@ class TiledLinear:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What cost, netlist and report need of a layer."""
+    """What cost, netlist and report need of a layer.
+
+    Attributes:
+        name, inputs, outputs, counts, diagnostics: as in `TiledLinear`; tiles: how many.
+        activity: how often a token uses the layer, on average: 1, or for an expert its share of
+            the tokens (`pfmc.ir.routing.activity`). It weighs the energy of a token; area and
+            static power are there whether the layer works or not.
+    """
 
     name: str
     inputs: int
@@ -174,6 +193,11 @@ class LayerSummary:
     tiles: int
     counts: Mapping[str, float]
     diagnostics: Mapping[str, float]
+    activity: float = 1.0
+
+    def per_token(self, key: str) -> float:
+        """``counts[key]`` of a token: the count of one use times `activity`."""
+        return self.counts[key] * self.activity
 
 
 @dataclass(frozen=True)

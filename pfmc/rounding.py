@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pfmc import formats
 from pfmc.errors import InputError, UsageError
+from pfmc.formats import Format
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
@@ -53,6 +55,7 @@ def quantise(
     *,
     search: bool = True,
     input_power: npt.NDArray[np.float64] | None = None,
+    form: Format | None = None,
 ) -> tuple[Codes, Floats]:
     """Rounds a matrix to codes; per group and output never worse than plain rounding.
 
@@ -65,23 +68,24 @@ def quantise(
         group: inputs that share a scale; 0 for all.
         search: whether clippings are tried; False is plain rounding.
         input_power: mean x² per input ``[in]``, which weights the errors.
+        form: the codes' format, ``int`` of `bits` if absent; see `pfmc.formats`.
 
     Returns:
-        codes int8 ``[in, out]`` within ±top and scales float32 ``[groups, out]``, all positive
+        codes int8 ``[in, out]`` of the format and scales float32 ``[groups, out]``, all positive
         (1 where every weight is zero).
 
     Raises:
         InputError: the matrix holds NaN or infinity; names the index.
         UsageError: `bits` is out of range.
     """
-    top = top_of(bits)
+    form = (form or formats.of("int", bits)).bound(weight)
     inputs, outputs = weight.shape
     codes = np.empty((inputs, outputs), np.int8)
     slices = list(groups_of(inputs, group))
     scale = np.empty((len(slices), outputs), np.float32)
     for index, rows in enumerate(slices):
         power = None if input_power is None else _relative(input_power[rows])
-        work = _Group(weight[rows], top, power, weight.size <= EXACT_ELEMENTS, rows.start)
+        work = _Group(weight[rows], form, power, weight.size <= EXACT_ELEMENTS, rows.start)
         scale[index] = work.round(codes[rows], search)
     return codes, scale
 
@@ -126,7 +130,7 @@ class _Group:
     """The rows of one scale group ``[rows, out]``."""
 
     weight: npt.NDArray[Any]
-    top: int
+    form: Format
     power: Floats | None
     exact: bool
     first_row: int
@@ -135,12 +139,12 @@ class _Group:
     def round(self, codes: Codes, search: bool) -> Floats:
         """Fills `codes`; returns the scale per output."""
         peak = self._peak()
-        self.step = np.where(peak > 0, np.maximum(peak / np.float32(self.top), _SMALLEST), 1.0)
+        self.step = np.where(peak > 0, np.maximum(self.form.plain(peak), _SMALLEST), 1.0)
         self.step = self.step.astype(np.float32)
         if not search:
             self._fill(codes, self.step)
             return self.step
-        scale = np.maximum(self.step * self._search(), _SMALLEST)
+        scale = np.maximum(self.form.lattice(self.step * self._search()), _SMALLEST)
         plain, chosen = self._fill_and_compare(codes, scale)
         worse = (chosen.objective > plain.objective * np.float32(1 - MARGIN)) | (
             chosen.square > plain.square * np.float32(1 - MARGIN)
@@ -176,11 +180,7 @@ class _Group:
             codes[part] = self._codes(values, scale)
 
     def _codes(self, values: Floats, scale: Floats) -> Floats:
-        out: Floats = np.divide(values, scale)
-        np.rint(out, out=out)
-        np.minimum(out, self.top, out=out)
-        np.maximum(out, -self.top, out=out)
-        return out
+        return np.asarray(self.form.codes(np.divide(values, scale)), np.float32)
 
     def _fill_and_compare(self, codes: Codes, scale: Floats) -> tuple[_Sums, _Sums]:
         outputs = self.weight.shape[1]
@@ -193,7 +193,8 @@ class _Group:
             values /= self.step
             found *= ratio
             chosen.add(np.subtract(values, found, out=found), power)
-            np.rint(values, out=found)
+            np.copyto(found, values)
+            self.form.codes(found)
             plain.add(np.subtract(values, found, out=values), power)
         return plain, chosen
 
@@ -222,7 +223,7 @@ class _Group:
             columns = slice(start, start + width)
             values = np.abs(sample[:, columns].astype(np.float32))
             values /= self.step[columns]
-            trial = _Trial(values, self.top, power, (count - 1) / len(sample) * (stride > 1))
+            trial = _Trial(values, self.form, power, (count - 1) / len(sample) * (stride > 1))
             best[columns] = trial.best(0.0125 if self.exact else 0.05)
         return best
 
@@ -236,7 +237,7 @@ class _Trial:
     """
 
     values: Floats
-    top: int
+    form: Format
     power: Floats | None
     share: float
 
@@ -244,6 +245,10 @@ class _Trial:
         """The ratio of least error per output: a scan of step `step`, then two finer looks."""
         found = np.ones(self.values.shape[1], np.float32)
         least = self._objective(found)
+        if self.form.scales == "power":
+            for power in (2.0, 0.5):
+                self._consider(np.full_like(found, power), found, least)
+            return found
         for index in range(1, round((1 - LOWEST_RATIO) / step) + 1):
             self._consider(np.full_like(found, 1 - index * step), found, least)
         for finer in (step / 2, step / 4):
@@ -261,15 +266,14 @@ class _Trial:
 
     def _objective(self, ratio: Floats) -> Floats:
         error = self.values / ratio
-        np.rint(error, out=error)
-        np.minimum(error, self.top, out=error)
+        self.form.snap(error)
         error *= ratio
         np.subtract(self.values, error, out=error)
         sums = _Sums(*np.zeros((2, error.shape[1]), np.float32))
         sums.add(error, None if self.power is None else self.power[:, 0])
         if not self.share:
             return sums.objective
-        outlier: Floats = np.float32(self.top) * (np.float32(1) - ratio)  # the largest weight
+        outlier: Floats = np.float32(self.form.top) * (np.float32(1) - ratio)  # the largest weight
         square = outlier * outlier
         if self.power is None:
             square *= np.sqrt(outlier)
@@ -304,6 +308,20 @@ def best_range(quantiles: Mapping[float, float], peak: float, top: float) -> flo
     outside = np.maximum(middle - ranges, 0.0) ** 2
     error = (mass * np.where(middle > ranges, outside, inside)).sum(axis=1)
     return float(ranges[int(np.argmin(error)), 0])
+
+
+def quantile(quantiles: Mapping[float, float], peak: float, chance: float) -> float:
+    """|x| below which a share `chance` lies, between the known quantiles by a straight line."""
+    known = sorted({**quantiles, 0.0: 0.0, 1.0: peak}.items())
+    place, value = np.array(known, np.float64).T
+    return float(np.interp(chance, place, value))
+
+
+def share_above(quantiles: Mapping[float, float], peak: float, reach: float) -> float:
+    """The share of |x| above `reach`, between the known quantiles by a straight line."""
+    known = sorted({**quantiles, 0.0: 0.0, 1.0: peak}.items())
+    place, value = np.array(known, np.float64).T
+    return float(1.0 - np.interp(reach, np.maximum.accumulate(value), place)) if reach else 0.0
 
 
 # -- two codes a byte ------------------------------------------------------------------------------

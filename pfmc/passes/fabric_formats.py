@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from pfmc.ir import matcher, provenance, vocabulary
@@ -29,30 +30,46 @@ class FabricFormats(Pass):
     ``SidePath(x, y, down, up)`` -> the same of ``QuantiseToken`` of x and of factors rounded to
     integers with a scale for each column.
     Nothing is changed where `Limits.fabric_bits` is 0.
+
+    Attributes:
+        kv_bits: width of k and v, which the KV memory holds; 0 for `Limits.fabric_bits`.
     """
 
     name: ClassVar[str] = "fabric-formats"
     needs: ClassVar[Stage] = Stage.QUANTISED
     gives: ClassVar[Stage] = Stage.QUANTISED
 
+    kv_bits: int = 0
+
     def apply(self, model: ir.Model, context: Context) -> PassResult:
         """Puts a `QuantiseToken` in front of every integer operand and behind every table."""
         bits = 0 if context.limits is None else context.limits.fabric_bits
         if not bits:
             return PassResult(model, 0)
-        top = float(2 ** (bits - 1) - 1)
+        top = _top(bits)
+        held = _top(self.kv_bits or bits)
         made: dict[ir.Value, ir.Value] = {}
+        stored: dict[ir.Value, ir.Value] = {} if held != top else made
         for node in list(model.graph):
             if vocabulary.is_op(node, "Attention"):
                 for index in _OPERANDS:
-                    _round_operand(model.graph, node, index, top, made)
+                    of = (held, stored) if index else (top, made)
+                    _round_operand(model.graph, node, index, *of)
             elif vocabulary.is_op(node, vocabulary.SIDE_PATH, DOMAIN):
                 _round_adapter(model.graph, node, top, made)
             elif _reads_table(node):
                 _round_output(model.graph, node, top)
         vocabulary.install(model)
         count = sum(vocabulary.is_op(n, vocabulary.QUANTISE_TOKEN, DOMAIN) for n in model.graph)
-        return PassResult(model, len(made), (), {"bits": bits, "per_position_scales": count})
+        changed = len(made) + (len(stored) if stored is not made else 0)
+        notes: dict[str, float | int | str] = {"bits": bits, "per_position_scales": count}
+        if self.kv_bits:
+            notes["kv_bits"] = self.kv_bits
+        return PassResult(model, changed, (), notes)
+
+
+def _top(bits: int) -> float:
+    return float(2 ** (bits - 1) - 1)
 
 
 def _reads_table(node: ir.Node) -> bool:
@@ -111,14 +128,18 @@ def _round_adapter(
             graph.initializers.pop(str(value.name), None)
 
 
+def rounded_columns(matrix: npt.NDArray[np.float32], top: float) -> npt.NDArray[np.float32]:
+    """Each column rounded to codes of at most `top` times a scale of its own."""
+    peak = np.abs(matrix).max(axis=0, keepdims=True)
+    scale = np.where(peak > 0, peak, np.float32(1.0)) / np.float32(top)
+    return np.asarray(np.round(matrix / scale) * scale, np.float32)
+
+
 def _columns(tensor: ir.TensorProtocol, name: str, top: float) -> ir.LazyTensor:
     """A matrix rounded to codes of at most `top` times the scale of their column, when read."""
 
     def read() -> ir.TensorProtocol:
-        array = np.asarray(tensor.numpy(), np.float32)
-        peak = np.abs(array).max(axis=0, keepdims=True)
-        scale = np.where(peak > 0, peak, np.float32(1.0)) / np.float32(top)
-        return ir.tensor(np.round(array / scale) * scale, name=name)
+        return ir.tensor(rounded_columns(np.asarray(tensor.numpy(), np.float32), top), name=name)
 
     shape = ir.Shape([int(d) for d in tensor.shape.numpy()])
     return ir.LazyTensor(read, ir.DataType.FLOAT, shape, name=name)

@@ -125,16 +125,16 @@ def test_the_converter_is_shared_and_provenance_kept() -> None:
 
 
 def test_one_layer_is_held_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pfmc.passes import quantise
+    from pfmc.passes import lazy_codes
 
     calls: list[int] = []
-    real = quantise.rounding.quantise
+    real = lazy_codes.round_layer
 
     def counted(*given: object, **more: object) -> object:
         calls.append(1)
         return real(*given, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(quantise.rounding, "quantise", counted)
+    monkeypatch.setattr(lazy_codes, "round_layer", counted)
     model = quantised(Quantise())
     assert not calls
     tensors = [v.const_value for n in quantised_linears(model) for v in n.inputs[1:3] if v]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
 from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import InputError, InternalError
 from pfmc.hardware import FabricOp
+from pfmc.ir import check
+from pfmc.targets.fabric import operators
 from pfmc.targets.fabric.keys import at
 from pfmc.targets.fabric.work import fabric_ops, fixed_positions
 
@@ -112,3 +118,70 @@ def test_a_softcap_is_a_table_look_up_a_score(decoder: ir.Model) -> None:
             node.attributes.add(ir.AttrFloat32("softcap", 30.0))
     work = one(ops_of(decoder), "attention").work
     assert work["table_reads_per_context"] == work["exps_per_context"]
+
+
+def _work(body: str, **arrays: np.ndarray) -> dict[str, float]:
+    """The work of the one node of a graph over ``x[1, S, 8]``, a position."""
+    graph = onnx.parser.parse_graph(f"g (float[1,S,8] x) => (float[1,S,W] y) {{ {body} }}")
+    graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in arrays.items())
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)])
+    model = ir.from_proto(proto)
+    for i, node in enumerate(model.graph):
+        node.name = f"n{i}"
+    (op,) = fabric_ops(model, probe_shapes(model))
+    return dict(op.work)
+
+
+AXIS = {"last": np.array([-1], np.int64)}
+
+
+@pytest.mark.parametrize(
+    ("body", "arrays", "wanted"),
+    [
+        ("y = Tan(x)", {}, {"table_reads": 8, "moved_values": 8}),
+        ("y = Mean(x, x, x)", {}, {"adds": 16, "muls": 8, "moved_values": 8}),
+        ("y = Sum(x, x, x)", {}, {"adds": 16, "moved_values": 8}),
+        ("y = Max(x, x)", {}, {"adds": 8, "moved_values": 8}),
+        ("y = ReduceL1(x, last)", AXIS, {"adds": 16, "moved_values": 1}),
+        ("y = ReduceL2(x, last)", AXIS, {"adds": 8, "muls": 8, "roots": 1, "moved_values": 1}),
+        ("y = ReduceProd(x, last)", AXIS, {"muls": 8, "moved_values": 1}),
+        (
+            "y = ReduceLogSumExp(x, last)", AXIS,
+            {"exps": 8, "adds": 17, "table_reads": 1, "moved_values": 1},
+        ),
+    ],
+)  # fmt: skip
+def test_operators_by_hand(
+    body: str, arrays: dict[str, np.ndarray], wanted: dict[str, float]
+) -> None:
+    assert _work(body, **arrays) == wanted
+
+
+def test_every_legal_operator_has_a_price() -> None:
+    """What the canonical form allows on real numbers, the fabric can build."""
+    flags = {
+        "And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual",
+        "NonZero", "Not", "Or", "Xor",
+    }  # fmt: skip
+    special = {"Attention", "MatMul", "Gather", "GatherElements", "GatherND"}
+    priced = {*operators.PER_OUTPUT, *operators.PER_INPUT, *operators.WIRING} | special
+    assert check.STANDARD - flags <= priced
+    assert flags <= operators.CONTROL
+
+
+def _attention(inputs: str, call: str, output: str) -> dict[str, float]:
+    graph = onnx.parser.parse_graph(f"g ({inputs}) => ({output}) {{ {call} }}")
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)])
+    model = ir.from_proto(proto)
+    for i, node in enumerate(model.graph):
+        node.name = f"n{i}"
+    return dict(one(fabric_ops(model, probe_shapes(model)), "attention").work)
+
+
+def test_a_memory_that_is_only_read_is_not_written() -> None:
+    """A decoder's later step: the keys of the encoder's positions stand in a graph input."""
+    held = "float[1,2,T,4] past_key, float[1,2,T,4] past_value"
+    call = "y = Attention(q, past_key, past_value)"
+    work = _attention(f"float[1,2,1,4] q, {held}", call, "float[1,2,1,4] y")
+    assert "kv_write_values" not in work
+    assert work["heads"] == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from pfmc import targets, technology
+from pfmc import formats, targets, technology
 from pfmc.cost import CostReport, to_json
 from pfmc.distill.shapes import probe_shapes
 from pfmc.hardware import FabricOp, LayerSummary, Workload
@@ -21,7 +21,7 @@ ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 
 
 def layer(inputs: int, outputs: int, bits: int = 4, name: str = "l") -> LayerSummary:
-    counts = work(inputs, outputs, bits, 8, 256, 64)
+    counts = work(inputs, outputs, formats.of("int", bits), 8, 256, 64)
     return LayerSummary(name, inputs, outputs, int(counts["tiles"]), counts, {})
 
 

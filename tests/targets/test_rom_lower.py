@@ -56,8 +56,8 @@ def test_zero_scale_has_a_zero_multiplier() -> None:
 
 
 def test_accumulator_holds_the_largest_sum() -> None:
-    assert accumulator_bits(2048, 4, 8) == (2048 * 7 * 127).bit_length() + 1 == 22
-    assert accumulator_bits(1, 2, 8) == 8
+    assert accumulator_bits(2048, 7, 8) == (2048 * 7 * 127).bit_length() + 1 == 22
+    assert accumulator_bits(1, 1, 8) == 8
 
 
 def test_small_layers_emit_text_and_large_ones_binary() -> None:

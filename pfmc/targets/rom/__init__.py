@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from pfmc.netlist import Module
+    from pfmc.targets.rom.train import RomTwin
 
 
 class RomTarget:
@@ -68,6 +69,12 @@ class RomTarget:
         from pfmc.targets.rom.simulate import RomLinear
 
         return RomLinear(stored)
+
+    def twin(self, linear: FixedLinear, technology: Technology) -> RomTwin:
+        """A torch module that multiplies while the weights are trained."""
+        from pfmc.targets.rom.train import RomTwin
+
+        return RomTwin()
 
     def verify(self, stored: StoredLinear, hardware: Path, technology: Technology) -> list[Check]:
         """ROM images read back against the codes; requantisers against the scales."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from pfmc.cost import CostReport, Metric, Term, Validation, ratio, sources, total
@@ -12,6 +12,8 @@ from pfmc.quantity import Estimate
 from pfmc.targets.fabric import FabricCost, linears_in_sequence, money, static_energy
 from pfmc.targets.fabric.cost import cost as fabric_cost
 from pfmc.technology import Technology
+
+Count = Callable[[Iterable[LayerSummary], str], float]
 
 NOTES = (
     "Operations of one block that could run side by side are timed one after the other, "
@@ -87,6 +89,11 @@ def _sum(layers: Iterable[LayerSummary], key: str) -> float:
     return sum(layer.counts[key] for layer in layers)
 
 
+def _used(layers: Iterable[LayerSummary], key: str) -> float:
+    """Of a token: experts count with their share of the tokens."""
+    return sum(layer.per_token(key) for layer in layers)
+
+
 def lane_share(layer: LayerSummary, floor: Estimate) -> Estimate:
     """A lane's energy or area relative to 8 by 8 bits: a fixed part, and a part by width."""
     width = layer.counts["weight_bits"] * layer.counts["input_bits"] / 64.0
@@ -94,29 +101,29 @@ def lane_share(layer: LayerSummary, floor: Estimate) -> Estimate:
 
 
 def _by_width(
-    layers: Sequence[LayerSummary], key: str, floor: Estimate
+    layers: Sequence[LayerSummary], key: str, floor: Estimate, count: Count
 ) -> Iterable[tuple[str, Estimate]]:
-    """Counts of lanes or products by (weight, input) width, weighted by `lane_share`."""
+    """Lanes there are or products of a token by (weight, input) width, times `lane_share`."""
     groups: dict[tuple[float, float], list[LayerSummary]] = {}
     for layer in layers:
         width = (layer.counts["weight_bits"], layer.counts["input_bits"])
         groups.setdefault(width, []).append(layer)
     for (weight, x), members in sorted(groups.items()):
-        yield f"w{weight:g}a{x:g}", lane_share(members[0], floor) * _sum(members, key)
+        yield f"w{weight:g}a{x:g}", lane_share(members[0], floor) * count(members, key)
 
 
 def _energy(layers: Sequence[LayerSummary], technology: Technology) -> Iterable[Term]:
-    bits = _sum(layers, "stored_bits")
+    bits = _used(layers, "stored_bits")
     yield Term(
         "rom.read", technology["fabric.energy_rom"] * bits, f"{bits:,.6g} bits * fabric.energy_rom"
     )
     floor = technology["array.lane_energy_floor"]
-    for name, products in _by_width(layers, "macs", floor):
+    for name, products in _by_width(layers, "macs", floor, _used):
         yield Term(
             f"rom.mac.{name}", technology["fabric.energy_mac8"] * products,
             f"products of {name} * fabric.energy_mac8 * (floor + (1 - floor) * width)",
         )  # fmt: skip
-    joins, outputs = _sum(layers, "joins"), _sum(layers, "requantised")
+    joins, outputs = _used(layers, "joins"), _used(layers, "requantised")
     yield Term(
         "rom.join", technology["fabric.energy_add"] * joins,
         f"{joins:,.6g} sums of tiles * fabric.energy_add",
@@ -125,11 +132,26 @@ def _energy(layers: Sequence[LayerSummary], technology: Technology) -> Iterable[
         "rom.requantise", technology["fabric.energy_mul"] * (4.0 * outputs),
         f"{outputs:,.6g} outputs * 4 * fabric.energy_mul (32 x 32 bits)",
     )  # fmt: skip
-    moved = sum(_bit_metres(layer, technology) for layer in layers)
+    yield from _rescaling(layers, technology)
+    moved = sum(_bit_metres(layer, technology) * layer.activity for layer in layers)
     metres = Estimate.exact(moved, "m")
     yield Term(
         "rom.wires", technology["fabric.energy_wire"] * metres,
         f"{moved:,.4g} bit metres * fabric.energy_wire",
+    )  # fmt: skip
+
+
+def _rescaling(layers: Sequence[LayerSummary], technology: Technology) -> Iterable[Term]:
+    """Sums of scale groups on their way to the output's: a multiplication or shift, and a sum."""
+    sums = _used(layers, "rescales")
+    if not sums:
+        return
+    factors = sum(x.per_token("rescales") * x.counts["rescale_multipliers"] for x in layers)
+    yield Term(
+        "rom.rescale", technology["fabric.energy_add"] * sums
+        + technology["fabric.energy_mul"] * factors,
+        f"{sums:,.6g} sums of scale groups * fabric.energy_add + {factors:,.6g} * "
+        "fabric.energy_mul (4 of 16 x 16 bits for a free scale, 1/2 for e4m3, 0 for a power of 2)",
     )  # fmt: skip
 
 
@@ -149,7 +171,9 @@ def array_area(layers: Sequence[LayerSummary], technology: Technology) -> Iterab
         f"{bits:,.6g} bits, padding included * fabric.rom_cell / array.bank_efficiency",
     )  # fmt: skip
     placed = technology["fabric.utilisation"].inverse()
-    for name, lanes in _by_width(layers, "lanes", technology["array.lane_area_floor"]):
+    for name, lanes in _by_width(
+        layers, "lanes", technology["array.lane_area_floor"], _sum
+    ):
         yield Term(
             f"rom.lanes.{name}", technology["fabric.area_mac8"] * lanes * placed,
             f"lanes of {name} * fabric.area_mac8 * (floor + (1 - floor) * width) "
@@ -204,7 +228,7 @@ def _rates(timing: Timing, workload: Workload) -> list[Metric]:
 def _derived(
     layers: Sequence[LayerSummary], parts: FabricCost, energy: Metric, timing: Timing
 ) -> list[Metric]:
-    macs = _sum(layers, "macs")
+    macs = _used(layers, "macs")
     stored = Estimate.exact(_sum(layers, "stored_bits"))
     metrics = [
         ratio("power__total", energy.value / timing.served, "energy__token / time per token"),

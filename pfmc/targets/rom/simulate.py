@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pfmc.targets.base import StoredLinear
+from pfmc.targets.rom.lower import layout
 
 EXACT_FLOAT32 = 1 << 24
 """Integers up to here are exact in float32, sums in any order included."""
@@ -30,7 +31,7 @@ class RomLinear(nn.Module):
 
     def __init__(self, stored: StoredLinear) -> None:
         super().__init__()
-        bits, _, _, group = (int(n) for n in stored.tensors["format"])
+        held = layout(stored.tensors)
         codes = torch.from_numpy(stored.tensors["codes"].astype("int8"))
         self.register_buffer("codes", codes.to(torch.float32), persistent=False)
         scale = torch.from_numpy(stored.tensors["scale"].astype("float32"))
@@ -40,9 +41,9 @@ class RomLinear(nn.Module):
         given = stored.input_scale
         fixed = None if given is None else torch.tensor(given, dtype=torch.float32)
         self.register_buffer("step", fixed, persistent=False)
-        self.group = group
+        self.group = held.group
         self.top = float(2 ** (stored.input_bits - 1) - 1)
-        self.chunk = max(1, EXACT_FLOAT32 // int(self.top * (2 ** (bits - 1) - 1)) - 1)
+        self.chunk = max(1, EXACT_FLOAT32 // int(self.top * held.form.top) - 1)
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (as floats, straight-through) and the step of each position."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from pfmc import formats
 from pfmc.errors import UsageError
 from pfmc.hardware import Limits
 from pfmc.targets.fabric.keys import FABRIC_KEYS
@@ -62,4 +63,5 @@ def limits(technology: Technology) -> Limits:
         tile_inputs=technology.integer("array.tile_inputs"),
         tile_outputs=technology.integer("array.tile_outputs"),
         static_inputs=False,
+        formats=formats.NAMES,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from pfmc import formats
 from pfmc import technology as technologies
 from pfmc.cost import CostReport, Validation
 from pfmc.hardware import FabricOp, LayerSummary, Workload
@@ -100,7 +101,7 @@ def summaries(shape: Decoder, bits: int, technology: Technology) -> list[LayerSu
     x = technology.integer("array.input_bits")
     found = []
     for name, inputs, outputs in shape.linears():
-        counts = work(inputs, outputs, bits, x, rows, cols)
+        counts = work(inputs, outputs, formats.of("int", bits), x, rows, cols)
         found.append(LayerSummary(name, inputs, outputs, int(counts["tiles"]), counts, {}))
     return found
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pfmc.errors import CorruptError, FileError
 from pfmc.targets.base import Check, StoredLinear
 from pfmc.targets.rom import images
-from pfmc.targets.rom.lower import MULTIPLIER_BITS, image_stem
+from pfmc.targets.rom.lower import MULTIPLIER_BITS, image_stem, layout, scale_path
 
 
 def read_codes(stored: StoredLinear, hardware: Path) -> images.Codes:
@@ -19,8 +19,8 @@ def read_codes(stored: StoredLinear, hardware: Path) -> images.Codes:
     Raises:
         FileError: an image is missing. CorruptError: an image has another size or other signs.
     """
-    bits, _, tile_outputs, _ = (int(n) for n in stored.tensors["format"])
-    width = tile_outputs * bits // 8
+    held = layout(stored.tensors)
+    tile_outputs, width = held.cols, held.form.word_bytes(held.cols)
     columns = -(-stored.outputs // tile_outputs) * tile_outputs
     codes = np.zeros((stored.inputs, columns), np.int8)
     binary = hardware / f"{image_stem(stored.name)}.bin"
@@ -34,7 +34,9 @@ def read_codes(stored: StoredLinear, hardware: Path) -> images.Codes:
             words = np.frombuffer(whole, np.uint8, rows * width, offset).reshape(rows, width)
         else:
             words = _text_words(stored, hardware, row, col, rows, width)
-        codes[row : row + rows, col : col + tile_outputs] = images.unpack(words, bits)
+        codes[row : row + rows, col : col + tile_outputs] = images.decode(
+            words, held.form, tile_outputs
+        )
     return codes
 
 
@@ -46,8 +48,8 @@ def _places(stored: StoredLinear) -> list[tuple[int, int, int, int]]:
 def _text_words(
     stored: StoredLinear, hardware: Path, row: int, col: int, rows: int, width: int
 ) -> images.Bytes:
-    _, tile_inputs, tile_outputs, _ = (int(n) for n in stored.tensors["format"])
-    name = f"tile_{row // tile_inputs}_{col // tile_outputs}.hex"
+    held = layout(stored.tensors)
+    name = f"tile_{row // held.rows}_{col // held.cols}.hex"
     path = hardware / image_stem(stored.name) / name
     try:
         return images.read_text(path.read_bytes(), rows, width)
@@ -77,16 +79,33 @@ def verify(stored: StoredLinear, hardware: Path) -> list[Check]:
     codes = stored.tensors["codes"].astype(np.int8, copy=False)
     differing = np.bitwise_xor(image[:, : stored.outputs], codes).view(np.uint8)
     wrong = int(np.bitwise_count(differing).sum())
-    beyond = int(np.count_nonzero(image[:, stored.outputs :]))
+    form = layout(stored.tensors).form
+    beyond = int(np.count_nonzero(image[:, stored.outputs :] != images.nothing(form)))
+    blocks = [] if form.scales == "free" else [_scales(stored, hardware)]
     return [
         Check("ROM image bits that differ from the codes", wrong, 0.0, "bit"),
-        Check("codes that are not zero beyond the outputs", beyond, 0.0),
+        Check("codes that are not zero beyond the outputs", beyond, 0.0), *blocks,
         Check(
             "requantiser against scale, relative", _scale_error(stored),
             2.0**-(MULTIPLIER_BITS - 1),
         ),
         Check("matrix places not covered once by tiles", _uncovered(stored), 0.0),
     ]  # fmt: skip
+
+
+def _scales(stored: StoredLinear, hardware: Path) -> Check:
+    """The image of block scales against the scales, bit for bit."""
+    form, scale = layout(stored.tensors).form, stored.tensors["scale"]
+    binary = hardware / scale_path(stored.name, True)
+    if binary.is_file():
+        held = np.frombuffer(binary.read_bytes(), np.uint8)
+        if held.size != scale.size:
+            raise CorruptError("a scale image has the wrong size", where=binary.name)
+    else:
+        text = (hardware / scale_path(stored.name, False)).read_bytes()
+        held = images.read_text(text, *scale.shape)
+    found = form.scale_of_bytes(held.reshape(scale.shape))
+    return Check("block scales that differ from their image", int((found != scale).sum()), 0.0)
 
 
 def _scale_error(stored: StoredLinear) -> float:
