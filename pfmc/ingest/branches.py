@@ -17,7 +17,7 @@ _DEPTH: Final = 8
 
 
 def specialise(proto: onnx.ModelProto) -> bool:
-    """Puts the branch with memory in the place of every `If` on `SWITCH`; says whether there was one.
+    """Puts the branch with memory in the place of every `If` on `SWITCH`; says whether it did.
 
     What does not look as optimum writes it stays, for the guard to refuse.
     """
@@ -59,7 +59,9 @@ def _branch(node: onnx.NodeProto) -> onnx.GraphProto | None:
     """The branch with memory of an `If` on the switch."""
     if node.op_type != "If" or node.domain or list(node.input) != [SWITCH]:
         return None
-    branch = next((a.g for a in node.attribute if a.name == "then_branch"), None)
+    branch: onnx.GraphProto | None = next(
+        (a.g for a in node.attribute if a.name == "then_branch"), None
+    )
     if branch is None or len(branch.output) != len(node.output):
         return None
     return branch

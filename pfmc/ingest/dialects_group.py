@@ -131,6 +131,8 @@ def _rows(low: Lowering, past: ir.Value | None) -> _Rows:
     query = low.need(0, "query")
     seqlens, total = low.need(5, "seqlens_k"), low.need(6, "total_sequence_length")
     names = ("steps", "past", "start", "ends", "shift", "prompt", "total")
+    if query.shape is not None and len(query.shape) < 2:
+        raise low.refuse("the query has no positions")
     symbols = (str(query.shape and query.shape[1]), str(past is not None and _length(past)))
     keys = [("rows", seqlens.name, total.name, *symbols, name) for name in names]
     if keys[0] in low.shared:

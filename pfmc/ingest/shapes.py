@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import onnx
 from onnx import shape_inference
 
@@ -13,6 +14,8 @@ from pfmc.ingest.order import in_order
 from pfmc.ingest.tensors import DTYPES
 
 TOO_LONG = "Its shapes cannot be inferred: a vector of integers is far too long for a shape"
+_LONGEST, _TO_THE_END = 1 << 20, (1 << 31) - 1
+_INTEGERS = {onnx.TensorProto.INT64: np.dtype("<i8"), onnx.TensorProto.INT32: np.dtype("<i4")}
 _SMALL_BYTES = 1 << 12  # constants up to here take part (axes, target shapes); larger only by shape
 _INVENTED_DIM = re.compile(r"^unk__\d+$")
 
@@ -28,7 +31,7 @@ def infer(proto: onnx.ModelProto, file: str) -> None:
     try:
         with bounded(room(bare.ByteSize())):
             known = shape_inference.infer_shapes(
-                bare, check_type=True, strict_mode=True, data_prop=True
+                bare, check_type=True, strict_mode=True, data_prop=not _vast(bare)
             )
     except MemoryError as error:
         raise InputError(TOO_LONG, where=file) from error
@@ -58,7 +61,7 @@ def known_types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
     bare = _skeleton(proto)
     try:
         with bounded(room(bare.ByteSize())):
-            known = shape_inference.infer_shapes(bare, data_prop=True).graph
+            known = shape_inference.infer_shapes(bare, data_prop=not _vast(bare)).graph
     except (shape_inference.InferenceError, MemoryError, ValueError, RuntimeError):
         known = proto.graph
     inferred = (*known.input, *known.output, *known.value_info)
@@ -70,6 +73,39 @@ def known_types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
         if kind.elem_type and (kind.HasField("shape") or value.name not in found):
             found[value.name] = value.type
     return found
+
+
+def _vast(bare: onnx.ModelProto) -> bool:
+    """Whether a constant may make a vector so long that writing it out takes all memory.
+
+    onnx's propagation of data writes out every element of such a vector, and when an allocation
+    fails on the way it may end the process instead of raising. Numbers from 2**31 - 1 on only ever
+    say "to the end" in slices.
+    """
+    graph = bare.graph
+    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute]
+    plain = (v for n in graph.node for a in n.attribute for v in (a.i, *a.ints)
+             if n.op_type == "Constant")  # fmt: skip
+    if any(map(_is_vast, plain)):
+        return True
+    if any(_is_vast(d.dim_value) for v in graph.input for d in v.type.tensor_type.shape.dim
+           if len(v.type.tensor_type.shape.dim) == 1):  # fmt: skip
+        return True
+    return any(_holds_vast(t) for t in (*graph.initializer, *constants))
+
+
+def _is_vast(number: int) -> bool:
+    return _LONGEST <= abs(number) < _TO_THE_END
+
+
+def _holds_vast(tensor: onnx.TensorProto) -> bool:
+    kind = _INTEGERS.get(tensor.data_type)
+    if kind is None:
+        return False
+    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.ByteSize() > _SMALL_BYTES:
+        return False
+    raw = np.frombuffer(tensor.raw_data[: len(tensor.raw_data) // 8 * 8], kind)
+    return any(map(_is_vast, (*map(int, raw), *tensor.int64_data, *tensor.int32_data)))
 
 
 def _drop_odd_notes(graph: onnx.GraphProto) -> None:

@@ -60,8 +60,22 @@ class RaiseAttention(Pass):
                 work.start(node)
             except RefusedError as refusal:
                 declined.append(Declined(self.name, where(node), str(refusal)))
+        if work.unsorted:
+            model.graph.sort()
         declined.extend(Declined(self.name, at, reason) for at, reason in work.remarks)
         return PassResult(model, work.changed, tuple(declined), {**work.counts})
+
+
+def _leads_to(value: ir.Value, end: ir.Node) -> bool:
+    """Whether some reader of `value`, or a reader of its results, and so on, is `end`."""
+    queue, seen = [use.node for use in value.uses()], set[ir.Node]()
+    for node in queue:
+        if node is end:
+            return True
+        if node not in seen:
+            seen.add(node)
+            queue.extend(use.node for out in node.outputs for use in out.uses())
+    return False
 
 
 class _Work:
@@ -73,6 +87,7 @@ class _Work:
         self.counts: dict[str, int] = {}
         self.remarks: list[tuple[str, str]] = []
         self.changed = 0
+        self.unsorted = False  # whether a reader of joined keys may stand before the attention
 
     def start(self, softmax: ir.Node) -> None:
         """Raises one attention, on four dimensions, or raises `RefusedError`."""
@@ -145,6 +160,9 @@ class _Work:
         for value, present in zip(joined, node.outputs[1:], strict=False):
             maker = value.producer()
             assert maker is not None
+            if _leads_to(value, node):  # what is joined is read on the way to this attention
+                continue
+            self.unsorted |= bool(value.uses())
             matcher.inherit(node, [maker], node)
             known = self.shapes.shape(value)
             matcher.take_place(self.graph, value, present)

@@ -70,7 +70,8 @@ def test_the_branch_with_memory_is_taken(
     feeds = {k: rng.normal(size=(2, 4)).astype(np.float32) for k in ("x", "past")}
     with Oracle(path) as oracle:
         truth = oracle.run(feeds)
-    for value, mine in zip(loaded.model.graph.outputs, run_loaded(loaded.model, feeds), strict=True):
+    ours = run_loaded(loaded.model, feeds)
+    for value, mine in zip(loaded.model.graph.outputs, ours, strict=True):
         np.testing.assert_allclose(mine, truth[str(value.name)], rtol=1e-6)
 
 

@@ -216,7 +216,7 @@ def test_an_unused_buffer_may_stay(write: Write) -> None:
     ({"rms_norm_eps": 0}, "rms_norm_eps"),
     ({"tie_word_embeddings": "yes"}, "neither true nor false"),
     ({"rope_parameters": []}, "no object"),
-    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2}}, "not supported"),
+    ({"rope_parameters": {"rope_type": "spiral", "factor": 2}}, "not supported"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
     ({"rope_theta": 0.5}, "rope_theta"),
     ({"partial_rotary_factor": 2.0}, "rotates"),

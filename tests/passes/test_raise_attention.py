@@ -276,6 +276,27 @@ def test_past_keys_and_values_become_the_operators_own(lab: Any, floats: Floats)
     assert lab.counts(model) == {"Attention": 1}
 
 
+def test_joined_keys_that_others_read_stay_in_order(lab: Any, floats: Floats) -> None:
+    """Found by the fuzzer: a reader of the joined keys stood before the attention that makes them;
+    and one that leads to this attention keeps them outside."""
+    inputs = (
+        "float[B,4,S,8] q, float[B,4,S,8] k, float[B,4,S,8] v, float[B,4,P,8] pk, float[B,4,P,8] pv"
+    )
+    join = "kk = Concat<axis=2>(pk, k) vv = Concat<axis=-2>(pv, v)"
+    rest = (
+        " kt = Transpose<perm=[0,1,3,2]>(kk) s = MatMul(qq, kt) w = Softmax<axis=-1>(s)"
+        " y = MatMul(w, vv)"
+    )
+    feeds = _feeds(floats, length=2) | {"pk": floats(2, 4, 3, 8), "pv": floats(2, 4, 3, 8)}
+    outputs = "float[B,4,S,8] y, float[B,4,T,8] kk, float[B,4,T,8] vv"
+    aside = _model(lab, f"{join} e = Neg(kk) qq = Relu(q){rest}", inputs,
+                   f"{outputs}, float[B,4,T,8] e")  # fmt: skip
+    lab.same(aside, PASSES, feeds)
+    before = _model(lab, f"{join} m = ReduceMax<keepdims=0, noop_with_empty_axes=0>(kk)"
+                    f" qq = Mul(q, m){rest}", inputs, outputs)  # fmt: skip
+    lab.same(before, PASSES, feeds)
+
+
 @pytest.mark.parametrize("form", ["Div(p, cap)", "Mul(p, inverse)"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_softcap(lab: Any, floats: Floats, form: str, masked: bool) -> None:

@@ -13,6 +13,7 @@ from pfmc.ingest.hf.blocks import INT, Frame
 from pfmc.ingest.hf.config import Config
 from pfmc.ingest.hf.graph import BATCH, SEQUENCE, Graph, dims, width
 from pfmc.ingest.hf.heads import Head
+from pfmc.ir.vocabulary import SYNTHETIC
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _cut(g: Graph, c: Config, wide: int, own: str, *, bias: bool) -> tuple[ir.Va
     )  # fmt: skip
     flat = g.integers(0, wide, side * side)
     x = g.op("Reshape", [x, flat], (BATCH, wide, side * side), at)
-    x = g.op("Transpose", [x], (BATCH, side * side, wide), at, name=f"{at}.patches", perm=(0, 2, 1))
+    # the module's own output where it hands out patches; CLIP's is the image-shaped convolution
+    name = at if at.endswith(".patch_embeddings") else f"{SYNTHETIC}{at}.patches"
+    x = g.op("Transpose", [x], (BATCH, side * side, wide), at, name=name, perm=(0, 2, 1))
     return x, frame, side * side
 
 
