@@ -14,7 +14,7 @@ from pfmc.ingest.order import in_order
 from pfmc.ingest.tensors import DTYPES
 
 TOO_LONG = "Its shapes cannot be inferred: a vector of integers is far too long for a shape"
-_LONGEST, _TO_THE_END = 1 << 20, (1 << 31) - 1
+_LONGEST, _TO_THE_END = 1 << 20, ((1 << 31) - 1, 1 << 31)
 _INTEGERS = {onnx.TensorProto.INT64: np.dtype("<i8"), onnx.TensorProto.INT32: np.dtype("<i4")}
 _SMALL_BYTES = 1 << 12  # constants up to here take part (axes, target shapes); larger only by shape
 _INVENTED_DIM = re.compile(r"^unk__\d+$")
@@ -79,7 +79,7 @@ def _vast(bare: onnx.ModelProto) -> bool:
     """Whether a constant may make a vector so long that writing it out takes all memory.
 
     onnx's propagation of data writes out every element of such a vector, and when an allocation
-    fails on the way it may end the process instead of raising. Numbers from 2**31 - 1 on only ever
+    fails on the way it may end the process instead of raising. The ends of int32 and int64 only
     say "to the end" in slices.
     """
     graph = bare.graph
@@ -95,7 +95,7 @@ def _vast(bare: onnx.ModelProto) -> bool:
 
 
 def _is_vast(number: int) -> bool:
-    return _LONGEST <= abs(number) < _TO_THE_END
+    return _LONGEST <= abs(number) < 1 << 62 and abs(number) not in _TO_THE_END
 
 
 def _holds_vast(tensor: onnx.TensorProto) -> bool:
