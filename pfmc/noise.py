@@ -28,6 +28,7 @@ from pfmc.noise_laws import (
     Curve,
     FlickerRead,
     FlickerReadLog,
+    Gaussian,
     HomodyneShot,
     Law,
     Polynomial,
@@ -124,6 +125,11 @@ LAWS: Final[dict[str, LawKind]] = {
         {"coefficients": "uS", "full_scale": "uS", "valid": "1"}, frozenset({"valid"}),
         "sigma(x) = sum_k c_k x^k / full_scale", f"Nandakumar, ICECS 2019; {_AIHWKIT}/pcm.py",
         _polynomial,
+    ),
+    "gaussian": LawKind(
+        ("write",), {"relative": "1"}, frozenset(),
+        "sigma of a weight = relative * largest |w| of its column of a tile, not clipped",
+        "as in Analog Foundation Models, arXiv:2505.09663", lambda p: Gaussian(_one(p, "relative")),
     ),
     "power_drift": LawKind(
         ("age",),

@@ -133,6 +133,27 @@ class Polynomial:
 
 
 @dataclass(frozen=True)
+class Gaussian:
+    """Noise on the weight itself: every weight misses its target by `relative` of a full weight.
+
+    A weight is the difference of two devices (g_plus - g_minus), so each device gets relative /
+    sqrt(2) of full scale. The written value may be negative: this is the model of papers that add
+    noise to weights (AFM, arXiv:2505.09663), not of a device. With g_min = 0 a full weight is the
+    largest |w| of the column of a tile.
+    """
+
+    relative: float
+
+    def sigma(self, x: Array) -> Array:
+        """The same for every x."""
+        return x * 0.0 + self.relative / math.sqrt(2.0)
+
+    def apply(self, x: Array, z: Array) -> Array:
+        """The written value; not clipped."""
+        return x + z * (self.relative / math.sqrt(2.0))
+
+
+@dataclass(frozen=True)
 class PowerDrift:
     """Structural relaxation: x(t) = x_written * ((t + t0) / t0)^-nu, nu = |mean(x) + spread(x) z|.
 
@@ -258,4 +279,13 @@ class HomodyneShot:
         return 0.5 / math.sqrt(self.efficiency * self.photons)
 
 
-Law = Polynomial | PowerDrift | Relaxation | FlickerRead | FlickerReadLog | Additive | HomodyneShot
+Law = (
+    Polynomial
+    | Gaussian
+    | PowerDrift
+    | Relaxation
+    | FlickerRead
+    | FlickerReadLog
+    | Additive
+    | HomodyneShot
+)

@@ -75,7 +75,7 @@ def _silent(_: str) -> None:
 
 
 @dataclass
-class _Inputs:
+class InputSums:
     """What was seen of one input tensor: sums that add up over batches."""
 
     histogram: npt.NDArray[np.int64]
@@ -84,7 +84,7 @@ class _Inputs:
     rows: int
 
     @classmethod
-    def of(cls, x: Array) -> _Inputs:
+    def of(cls, x: Array) -> InputSums:
         """Of ``x[rows, in]`` float32."""
         magnitude = np.abs(x)
         bins = (magnitude.view(np.int32) >> _SHIFT).reshape(-1)
@@ -95,9 +95,9 @@ class _Inputs:
             len(x),
         )
 
-    def plus(self, other: _Inputs) -> _Inputs:
+    def plus(self, other: InputSums) -> InputSums:
         """Both together."""
-        return _Inputs(
+        return InputSums(
             self.histogram + other.histogram, self.power + other.power,
             max(self.peak, other.peak), self.rows + other.rows,
         )  # fmt: skip
@@ -119,10 +119,10 @@ class _Inputs:
 
 
 @dataclass
-class _Layer:
+class LayerSums:
     """What was seen of one fixed linear."""
 
-    inputs: _Inputs
+    inputs: InputSums
     output_peak: npt.NDArray[np.float32]
     output_square: npt.NDArray[np.float64]
 
@@ -154,8 +154,8 @@ class Gatherer:
     student: Student
     moments: bool = False
     real: Tensor | None = None
-    layers: dict[str, _Layer] = field(default_factory=dict)
-    _last: tuple[Tensor, _Inputs, str] | None = None
+    layers: dict[str, LayerSums] = field(default_factory=dict)
+    _last: tuple[Tensor, InputSums, str] | None = None
     _owners: dict[str, str] = field(default_factory=dict)
     _products: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
@@ -171,11 +171,11 @@ class Gatherer:
         if known is not None:
             inputs = known.inputs.plus(inputs)
             peak, square = np.maximum(known.output_peak, peak), known.output_square + square
-        self.layers[name] = _Layer(inputs, peak, square)
+        self.layers[name] = LayerSums(inputs, peak, square)
         assert self._last is not None
         self._owners[name] = self._last[2]
 
-    def _inputs(self, x: Tensor, name: str) -> _Inputs:
+    def _inputs(self, x: Tensor, name: str) -> InputSums:
         """Of `x`; linears that share their input share the work."""
         if self._last is None or self._last[0] is not x:
             rows = self._rows(x)
@@ -184,7 +184,7 @@ class Gatherer:
                     "calibration met NaN or infinity", where=f"input of {name}",
                     mend="the float model overflows on this data; give other data",
                 )  # fmt: skip
-            self._last = (x, _Inputs.of(rows), name)
+            self._last = (x, InputSums.of(rows), name)
             if self.moments:
                 self._multiply(name, rows)
         return self._last[1]
@@ -240,13 +240,13 @@ def calibrate(
     student.observe = gatherer
     for number, feeds in enumerate(batches, 1):
         progress(f"calibrate: batch {number}")
-        gatherer.real = _real(feeds)
+        gatherer.real = real_rows(feeds)
         with torch.inference_mode():
             student(**feeds)
     return gatherer.statistics()
 
 
-def _real(feeds: Mapping[str, Array]) -> Tensor | None:
+def real_rows(feeds: Mapping[str, Array]) -> Tensor | None:
     """Where a batch's mask ``[B, S]`` says that there are tokens."""
     mask = next((v for k, v in feeds.items() if "mask" in k and v.ndim == 2), None)
     return None if mask is None else torch.from_numpy(mask != 0)
@@ -308,6 +308,43 @@ def statistics_of(
     return gatherer.statistics()
 
 
+def feeds_of(
+    model: ir.Model,
+    plan: Plan,
+    *,
+    tokenizer: Path | None = None,
+    text: Path | None = None,
+    inputs: Path | None = None,
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> list[Feeds]:
+    """The data that `statistics_of` would calibrate on, as graph inputs; see there.
+
+    With `inputs`, or with `text` of a language model, the model is not run, so no weight is read.
+    """
+    if inputs is not None:
+        progress(f"calibrate: on {inputs.name}")
+        return list(batches_of_file(model, inputs, plan.sequences))
+    try:
+        lead = detect(model)
+    except UsageError:  # an encoder or a vision model: driven by its inputs' types instead
+        lead = None
+    if text is not None:
+        length = plan.length if lead is None or lead.length is None else lead.length
+        ids = _windows(text, tokenizer, min(plan.length, length), plan.sequences)
+        progress(f"calibrate: on {len(ids)} windows of {text.name}")
+        if lead is not None:
+            return list(text_feeds(lead, ids))
+        return list(batches(model, plan.sequences, ids.shape[1], seed, ids))
+    decoder = None if lead is None else _decoder(Student(model).eval(), tokenizer)
+    if lead is not None and decoder is not None and is_causal(decoder):
+        progress(f"calibrate: on {plan.sequences} sequences that the model writes itself")
+        length = fitting_length(decoder, plan.length)
+        return list(text_feeds(lead, self_generated(decoder, plan.sequences, length, seed)))
+    progress("calibrate: on " + _kind(model))
+    return made_up(model, plan.sequences, plan.length, seed)
+
+
 def _windows(text: Path, tokenizer: Path | None, length: int, count: int) -> Array:
     if tokenizer is None:
         raise _no_tokenizer(text)
@@ -359,7 +396,7 @@ def _without_text(
         try:
             made = batches(model, plan.sequences, length, seed, ids)
             return calibrate(model, made, progress, moments)
-        except (IndexError, RuntimeError) as error:  # longer than the model's position table
+        except (IndexError, RuntimeError, ValueError) as error:  # too long for its tables
             if length // 2 < _SHORTEST:
                 raise UsageError(f"the model does not run on calibration data: {error}") from error
             length //= 2
@@ -373,7 +410,7 @@ def made_up(model: ir.Model, count: int, length: int, seed: int) -> list[Feeds]:
         try:
             with torch.inference_mode():
                 student(**made[0])
-        except (IndexError, RuntimeError) as error:
+        except (IndexError, RuntimeError, ValueError) as error:
             if length // 2 < _SHORTEST:
                 raise UsageError(f"the model does not run on made-up data: {error}") from error
             length //= 2

@@ -81,7 +81,9 @@ def batches(
         real = np.where(rows % 4 == 3, (fixed or length) * 3 // 4, fixed or length)
         part = None if ids is None else ids[rows % len(ids)][:, : fixed or length]
         yield {
-            str(v.name): _feed(v, rng, step, fixed or length, real, part, vocabulary_of(v), shared, side)
+            str(v.name): _feed(
+                v, rng, step, fixed or length, real, part, vocabulary_of(v), shared, side
+            )
             for v in values
         }
 

@@ -70,7 +70,7 @@ class Meter:
             self.student = before
 
     def apart(self, model: ir.Model) -> float:
-        """Largest difference of `model` to the float one, over its largest (log) score or output."""
+        """Largest difference to the float model, over its largest (log) score or output."""
         before, self.student = self.student, Student(model).eval()
         try:
             pairs = self._pairs()

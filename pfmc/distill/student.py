@@ -99,6 +99,7 @@ class Student(nn.Module):
         layers: the same modules, registered; in parameter names ``/`` stands for ``.``.
         linears: layer name to module, all fixed linears in graph order; see `replace`.
         observe: called after each fixed linear, or None.
+        constants: value name to the buffer that holds it on the device; see `free`.
         input_names: names of the graph's inputs, in order.
         output_names: names of the graph's outputs, in order.
 
@@ -128,7 +129,8 @@ class Student(nn.Module):
             self._place(name, module or ideal_linear(node, dtype, arrays.device))
             return _Layer(self, name)
 
-        self._program = Builder(model, arrays, layer).build()
+        builder = Builder(model, arrays, layer)
+        self._program = builder.build()
         if given:
             unknown = next(iter(given))
             raise UsageError(
@@ -139,6 +141,10 @@ class Student(nn.Module):
             list(self._program.inputs),
             list(self._program.outputs),
         )
+        self.constants: dict[str, str] = {
+            str(value.name): f"constant_{slot}" for (value, host), slot in builder.slots.items()
+            if not host and slot in self._program.device
+        }  # fmt: skip
         for slot, value in self._program.device.items():
             self.register_buffer(f"constant_{slot}", arrays.asarray(value), persistent=False)
         self._program.device.clear()
@@ -160,6 +166,15 @@ class Student(nn.Module):
         before = self.linears[name]
         self._place(name, module)
         return before
+
+    def free(self, name: str) -> nn.Parameter:
+        """Makes the constant `name`, one of `constants`, a parameter that can learn."""
+        attribute = self.constants[name]
+        made = nn.Parameter(self._buffers.pop(attribute).detach().clone())  # type: ignore[union-attr]
+        self._non_persistent_buffers_set.discard(attribute)
+        self.register_parameter(attribute, made)
+        self._forget()
+        return made
 
     # -- running ------------------------------------------------------------------------------
 

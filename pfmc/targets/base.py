@@ -71,6 +71,49 @@ class Check:
         return self.value <= self.limit
 
 
+class Twin(Protocol):
+    """How one layer's hardware multiplies while the model is trained: a torch module.
+
+    The layer rounds its input and its weights to the target's grids; the twin does what follows,
+    in the order of `pfmc.noise.ORDER`: write, age, product, read, output converter, digital sum.
+    Noise is drawn afresh by the laws of the technology for the die that `face` names; gradients
+    pass through the noisy product to inputs and weights, straight through every rounding.
+
+    As a module it is called with ``(x, weight, full)``: x ``[..., in]`` behind the input converter,
+    weight ``[out, in]`` on the weights' grid, full: the x of the largest input code (broadcasts
+    against x's rows). It returns ``[..., out]`` without bias.
+
+    Its parameters are what can be learned besides the weights: ranges of output converters.
+    """
+
+    def face(self, die: Die, converters: bool = True, readings: int | None = None) -> None:
+        """Chooses the die of the coming calls.
+
+        Args:
+            die: seed (None: no noise), age, read noise.
+            readings: if given, what is written and aged are the very draws of `Target.layer`'s die
+                of this seed, and read noise is drawn from the die `readings`, so that a device
+                which stays the same is read afresh. None: draws of the twin's own.
+            converters: whether outputs are converted. Without, read noise is drawn on the weights,
+                once a call, which has the same spread and costs no second product.
+        """
+        ...
+
+    def clip(self, weight: torch.Tensor, sigmas: float) -> None:
+        """Clips weight ``[out, in]`` in place to so many standard deviations of each column of a
+        tile, so that few large weights do not set the scale for all."""
+        ...
+
+    def ranges(self) -> npt.NDArray[np.float32] | None:
+        """Ranges of the output converters as `pfmc.hardware.FixedLinear.output_range` holds them;
+        None without converters."""
+        ...
+
+    def set_ranges(self, tiled: TiledLinear) -> None:
+        """Takes over the converters' ranges of a lowered layer."""
+        ...
+
+
 class Target(Protocol):
     """A kind of hardware. Capabilities are attributes, never ``if target == …``."""
 
@@ -111,6 +154,14 @@ class Target(Protocol):
 
         It applies the input converter itself; the graph's Quantise node in front is idempotent.
         Differentiable with straight-through rounding.
+        """
+        ...
+
+    def twin(self, linear: FixedLinear, technology: Technology) -> Twin:
+        """The differentiable stand-in of `layer` for training, without weights of its own.
+
+        On the ideal die it computes what `layer` computes of the lowered `linear`, and its noise
+        has the same moments as that of `layer`'s dies. Its ranges are those of the lowered layer.
         """
         ...
 

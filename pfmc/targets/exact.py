@@ -1,4 +1,4 @@
-"""A read-only-weight layer while it is trained: integers are exact, so a plain product is it."""
+"""A layer of exact integers while it is trained: a plain product is it. For any such target."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pfmc.hardware import TiledLinear
 from pfmc.targets.base import Die
 
 
-class RomTwin(nn.Module):
-    """``x @ weight`` of operands on their grids: what `RomLinear` computes, up to float rounding.
+class ExactTwin(nn.Module):
+    """``x @ weight`` of operands on their grids: what exact integers compute, up to float rounding.
 
     Every die is the same and outputs stay wide integers, so there is nothing to draw or to learn.
     """

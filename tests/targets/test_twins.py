@@ -115,13 +115,14 @@ def test_an_ideal_twin_is_the_ideal_layer(name: str, inputs: int, outputs: int) 
 
 @pytest.mark.parametrize("name", ["crossbar", "crossbar_pcm", "crossbar_reram", "optical"])
 @pytest.mark.parametrize(("age", "read"), [(0.0, False), (0.0, True), (DAY, True)])
-@pytest.mark.parametrize("converters", [True, False])
+@pytest.mark.parametrize(("converters", "training"), [(True, False), (True, True), (False, True)])
 def test_the_noise_of_a_twin_has_the_moments_of_a_die(
-    name: str, age: float, read: bool, converters: bool
+    name: str, age: float, read: bool, converters: bool, training: bool
 ) -> None:
     if name == "optical" and read and not converters:
         pytest.skip("light's read noise stands at the receivers, which are left out")
     pair = Pair(name, linear())
+    pair.twin.train(training)
     x, dies = signal(pair.layer), range(30)
     truth = torch.stack([pair.simulated(x, Die(s, age, read)) for s in dies])
     ours = torch.stack([pair.trained(x, Die(s, age, read), converters) for s in dies])

@@ -56,7 +56,7 @@ def _metrics(
     token = total("energy__token", [*energy.terms(layers, t), *digital.energy, *static])
     yield from (latency, token, total("area__total", [*analog.terms, *logic.terms]))
     yield from _rates(token.value, latency.value, interval, workload)
-    macs = energy.count(layers, "macs")
+    macs = energy.used(layers, "macs")
     yield ratio("energy__mac", token.value / macs, f"energy__token / {macs:,.6g} products")
     yield from _matter(layers, analog.value, logic.value, digital, t)
 

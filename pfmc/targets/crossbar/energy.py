@@ -22,6 +22,11 @@ def count(layers: Sequence[LayerSummary], key: str) -> float:
     return sum(layer.counts[key] for layer in layers)
 
 
+def used(layers: Sequence[LayerSummary], key: str) -> float:
+    """Sum of ``counts[key]`` of a token: experts count with their share of the tokens."""
+    return sum(layer.per_token(key) for layer in layers)
+
+
 def serial(technology: Technology) -> bool:
     """Whether input bits are applied one after the other."""
     return setting(technology, "dac.scheme") == "bit_serial"
@@ -53,7 +58,7 @@ def interval(technology: Technology) -> Estimate:
 def terms(layers: Sequence[LayerSummary], technology: Technology) -> Iterator[Term]:
     """Energy of one position, without the fabric."""
     t, n = technology, cycles(technology)
-    rows, columns = count(layers, "dac_samples"), count(layers, "adc_samples")
+    rows, columns = used(layers, "dac_samples"), used(layers, "adc_samples")
     converter = adc.converter(t)
     yield _cells(layers, t)
     yield Term("dac", t["dac.energy"] * (rows * n), f"{rows:,.6g} rows * {n:g} * dac.energy")
@@ -66,7 +71,7 @@ def terms(layers: Sequence[LayerSummary], technology: Technology) -> Iterator[Te
         f"{columns:,.6g} columns * {n:g} * {converter.formula}",
     )  # fmt: skip
     yield Term("sum", t["sum.energy"] * (columns * n), f"{columns:,.6g} * {n:g} * sum.energy")
-    yield from _digital(rows, count(layers, "partial_sums"), t)
+    yield from _digital(rows, used(layers, "partial_sums"), t)
 
 
 def _cells(layers: Sequence[LayerSummary], technology: Technology) -> Term:
@@ -77,12 +82,12 @@ def _cells(layers: Sequence[LayerSummary], technology: Technology) -> Term:
     if serial(t):
         bits = (t.integer("dac.bits") - 1) / 2.0
         siemens = sum(
-            layer.counts["conductances_total"] * layer.diagnostics["mean_conductance_siemens"]
+            layer.per_token("conductances_total") * layer.diagnostics["mean_conductance_siemens"]
             for layer in layers
         ) * bits  # fmt: skip
         text = f"half of the bits * {siemens / bits:.4g} S of all devices"
     else:
-        siemens = count(layers, "read_siemens")
+        siemens = used(layers, "read_siemens")
         text = f"{siemens:.4g} S of all devices weighted by their mean input"
     unit = Estimate.exact(siemens, "S")
     ones = Estimate(spread.low, spread.typical, spread.high, constants=spread.constants)

@@ -138,6 +138,9 @@ def _row_of_tiles(
         chosen = ranges.best(deviation[a:b], scale[a:b], steps, design.headroom, limit)
         if boost is None or not design.statistics:
             chosen = ranges.Range(max(limit, 1.0), 0.0, chosen.error)
+        if linear.output_range is not None:
+            learned = float(linear.output_range[len(columns["adc_range"])])
+            chosen = ranges.given(deviation[a:b], scale[a:b], steps, learned)
         columns["adc_range"].append(chosen.value)
         columns["clip_fraction"].append(chosen.clip_fraction)
         columns["error"].append(chosen.error)

@@ -68,7 +68,15 @@ def best(deviation: Doubles, weight: Doubles, steps: int, headroom: float, limit
     s, w = deviation[used], np.square(weight[used])
     candidates = s.max() * _MULTIPLES
     costs = (w * _error(s, candidates[:, None], steps)).sum(axis=1)
-    value = min(float(candidates[costs.argmin()]) * headroom, limit)
+    return given(deviation, weight, steps, min(float(candidates[costs.argmin()]) * headroom, limit))
+
+
+def given(deviation: Doubles, weight: Doubles, steps: int, value: float) -> Range:
+    """The range `value`, and what it loses; arguments as of `best`."""
+    used = (deviation > 0) & (weight > 0)
+    if not used.any():
+        return Range(value, 0.0, 0.0)
+    s, w = deviation[used], np.square(weight[used])
     clipped = 2.0 * _tail(value / s)
     noise = float((w * _error(s, np.array(value), steps)).sum() / (w * s * s).sum())
     return Range(value, float(clipped.mean()), noise)

@@ -17,6 +17,8 @@ from pfmc.technology import Technology
 if TYPE_CHECKING:
     import torch
 
+    from pfmc.targets.crossbar.train import CrossbarTwin
+
 
 class CrossbarTarget:
     """Fixed weights as conductances of memory devices, read as currents (Kirchhoff's law)."""
@@ -61,6 +63,13 @@ class CrossbarTarget:
         from pfmc.targets.crossbar.simulate import CrossbarLinear
 
         return CrossbarLinear(stored, design(technology), die)
+
+    def twin(self, linear: FixedLinear, technology: Technology) -> CrossbarTwin:
+        """See `pfmc.targets.crossbar.train.CrossbarTwin`."""
+        from pfmc.targets.crossbar.train import CrossbarTwin
+
+        numbers = design(technology)
+        return CrossbarTwin(linear, numbers, lower.lower_linear(linear, numbers, technology))
 
     def verify(self, stored: StoredLinear, hardware: Path, technology: Technology) -> list[Check]:
         """See `pfmc.targets.crossbar.verify.verify`."""

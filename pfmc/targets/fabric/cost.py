@@ -10,7 +10,7 @@ from typing import Final
 from pfmc.cost import Term
 from pfmc.hardware import FabricOp, Workload
 from pfmc.quantity import Estimate
-from pfmc.targets.fabric.keys import PER_CONTEXT, at
+from pfmc.targets.fabric.keys import BESIDE, PER_CONTEXT, at
 from pfmc.technology import Technology
 
 _ZERO = Estimate(0.0, 0.0, 0.0)
@@ -69,7 +69,10 @@ def cost(ops: Sequence[FabricOp], technology: Technology, workload: Workload) ->
     """
     context = float(workload.context)
     period = technology["fabric.clock"].inverse()
-    timed = [(op, cycles(op, technology, context)) for op in ops if op.kind not in UNTIMED]
+    timed = [
+        (op, cycles(op, technology, context)) for op in ops
+        if op.kind not in UNTIMED and not op.work.get(BESIDE)
+    ]  # fmt: skip
     slowest = max((c for _, c in timed), default=0.0)
     kv_values = sum(at(op, "kv_held_values", context) for op in ops)
     kv_bits = technology["fabric.kv_bits"] * kv_values
@@ -216,6 +219,8 @@ def static_energy(technology: Technology, area: Estimate, interval: Estimate) ->
 
 def linears_in_sequence(ops: Sequence[FabricOp], layers: int) -> int:
     """Fixed linears on the longest path: those that share a requantised input run side by side.
+
+    So do the experts of one stack, each of which has hardware of its own.
 
     Counts the requantisers that feed fixed linears; `layers` (all in sequence) where the model
     has none.

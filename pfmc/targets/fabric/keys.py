@@ -44,8 +44,15 @@ PER_CONTEXT: Final = "_per_context"
 """Suffix of work that is multiplied by the context length."""
 
 
+SINK: Final = "pfmc.sink"
+"""Metadata of an attention one of whose keys is a sink: no position, and not remembered."""
+
 WINDOW: Final = "window"
 """Work key of a local attention: positions seen; the context counts for no more of them."""
+
+
+BESIDE: Final = "beside"
+"""Work key of an operation that works at the same time as another one, and adds no time."""
 
 
 def at(op: FabricOp, key: str, context: float) -> float:

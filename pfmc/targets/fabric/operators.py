@@ -9,10 +9,10 @@ Row = tuple[str, dict[str, float]]
 
 _SUMS = """
 Add Sub Neg Abs Max Min Sum Clip Relu Where Round Floor Ceil Sign PRelu LeakyRelu ThresholdedRelu
-ScatterElements ScatterND Trilu Mod
+ScatterElements ScatterND Trilu Mod OneHot
 """
 _TABLES = """
-Gelu Swish Sigmoid Tanh Erf Exp Log Sqrt Reciprocal Pow Softplus Softsign Elu Selu Celu Mish
+Gelu Swish Sigmoid Tan Tanh Erf Exp Log Sqrt Reciprocal Pow Softplus Softsign Elu Selu Celu Mish
 """
 _REDUCTIONS = """
 ReduceSum ReduceMean ReduceMax ReduceMin ArgMax ArgMin TopK GlobalAveragePool GlobalMaxPool
@@ -24,6 +24,7 @@ PER_OUTPUT: Final[dict[str, Row]] = {
     **{op: ("elementwise", {"adds": 1.0}) for op in _SUMS.split()},
     # products; a quotient is a reciprocal table and a product
     "Mul": ("elementwise", {"muls": 1.0}),
+    "Mean": ("elementwise", {"adds": 1.0, "muls": 1.0}),
     "Div": ("elementwise", {"muls": 1.0, "table_reads": 1.0}),
     "HardSwish": ("elementwise", {"muls": 1.0, "adds": 1.0}),
     "HardSigmoid": ("elementwise", {"muls": 1.0, "adds": 1.0}),
@@ -31,6 +32,7 @@ PER_OUTPUT: Final[dict[str, Row]] = {
     **{op: ("elementwise", {"table_reads": 1.0}) for op in _TABLES.split()},
     "SwiGLU": ("elementwise", {"table_reads": 1.0, "muls": 1.0}),
     "Rotary": ("rotary", {"muls": 2.0, "adds": 1.0}),
+    "RotaryEmbedding": ("rotary", {"muls": 2.0, "adds": 1.0}),
     # x -> |x| peak, reciprocal, product, rounding; static: product and rounding
     "QuantiseToken": ("requantise", {"muls": 1.0, "adds": 2.0}),
     "Quantise": ("requantise", {"muls": 1.0, "adds": 1.0}),
@@ -53,8 +55,21 @@ PER_INPUT: Final[dict[str, Row]] = {
     **{op: ("elementwise", {"adds": 1.0}) for op in _REDUCTIONS.split()},
     "ReduceSumSquare": ("elementwise", {"adds": 1.0, "muls": 1.0}),
     "ReduceL2": ("elementwise", {"adds": 1.0, "muls": 1.0}),
+    "ReduceL1": ("elementwise", {"adds": 2.0}),  # magnitude and sum
+    "ReduceProd": ("elementwise", {"muls": 1.0}),
+    # running maximum, exponential and sum
+    "ReduceLogSumExp": ("elementwise", {"exps": 1.0, "adds": 2.0}),
 }
 """Operators whose work grows with the elements of their first input."""
+
+AT_LAST: Final[dict[str, dict[str, float]]] = {
+    "ReduceL2": {"roots": 1.0},
+    "ReduceLogSumExp": {"table_reads": 1.0, "adds": 1.0},  # logarithm, and the maximum again
+}
+"""What a reduction does to each of its results besides."""
+
+VARIADIC: Final = frozenset({"Sum", "Mean", "Max", "Min"})
+"""Operators of any number of inputs: one addition or comparison for each but the first."""
 
 _WIRING = """
 Reshape Transpose Unsqueeze Squeeze Flatten Expand Identity Concat Split Slice Pad Tile Dropout

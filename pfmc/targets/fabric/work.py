@@ -11,8 +11,9 @@ numbers sent to the next unit · ``control_ops`` integer or flag operations.
 
 Two keys are not per position: ``kv_held_values`` numbers one user keeps in the KV memory, and
 ``stored_values`` fixed numbers stored with the operation (embedding tables, norm weights);
-``adapter_held_values`` numbers of an adapter in writable memory, all of them read at every
-position (``adapter_read_values``);
+``adapter_held_values`` 8-bit numbers of an adapter or a correction in writable memory, all of them
+read at every position (``adapter_read_values``); a gain or offset of 16 bits counts as two;
+``beside`` marks what works at the same time as another (experts of one stack);
 ``linears`` says how many fixed linears share a requantised input, ``heads`` how many attend,
 ``window`` how many positions a local attention sees (`pfmc.targets.fabric.keys.at` keeps to it). A
 soft-capped attention looks every score up in a table.
@@ -21,17 +22,24 @@ soft-capped attention looks every score up in a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from pfmc.errors import InputError, InternalError
 from pfmc.hardware import FabricOp
-from pfmc.ir import vocabulary
+from pfmc.ir import routing, vocabulary
 from pfmc.ir.probe import Growth, ShapeProbe, growth
-from pfmc.targets.fabric.keys import PER_CONTEXT, WINDOW
-from pfmc.targets.fabric.operators import CONTROL, PER_INPUT, PER_OUTPUT, WIRING
+from pfmc.targets.fabric.keys import BESIDE, PER_CONTEXT, SINK, WINDOW
+from pfmc.targets.fabric.operators import (
+    AT_LAST,
+    CONTROL,
+    PER_INPUT,
+    PER_OUTPUT,
+    VARIADIC,
+    WIRING,
+)
 
 Shapes = Mapping[str, tuple[ShapeProbe, ...]]
 
@@ -55,7 +63,38 @@ def fabric_ops(model: ir.Model, shapes: Shapes) -> list[FabricOp]:
     if unknown:
         raise _unknown_error(unknown)
     nodes = [n for n in model.graph if not _fixed(n)]
-    return [counter.op(n) for n in nodes] + list(_sampling(model, counter))
+    ops = [counter.op(n) for n in nodes]
+    return [*_side_by_side(model, ops), *_sampling(model, counter)]
+
+
+def _side_by_side(model: ir.Model, ops: list[FabricOp]) -> list[FabricOp]:
+    """Experts' requantisers: the trial runs sent all rows to a few, so each gets an equal part.
+
+    All but the first of a stack work at the same time as the first.
+    """
+    makers = {str(n.name): _maker(n) for n in vocabulary.fixed_linears(model)}
+    found = {op.name: op for op in ops}
+    done: set[str] = set()
+    for names in routing.groups(model):
+        mine = [m for m in dict.fromkeys(makers[n] for n in names) if m in found]
+        if done.isdisjoint(mine) and mine:
+            done.update(mine)
+            found.update(_shared([found[m] for m in mine]))
+    return [found[op.name] for op in ops]
+
+
+def _maker(linear: ir.Node) -> str:
+    """The name of the node that makes a fixed linear's input."""
+    made = linear.inputs[0].producer() if linear.inputs[0] is not None else None
+    return str(made.name) if made is not None else ""
+
+
+def _shared(ops: Sequence[FabricOp]) -> dict[str, FabricOp]:
+    keys = sorted({k for op in ops for k in op.work} - {"linears"})
+    mean = {k: sum(op.work.get(k, 0.0) for op in ops) / len(ops) for k in keys}
+    first = {k: v for k, v in ops[0].work.items() if k == "linears"}
+    made = {ops[0].name: replace(ops[0], work=mean | first)}
+    return made | {op.name: replace(op, work={**mean, BESIDE: 1.0}) for op in ops[1:]}
 
 
 def _fixed(node: ir.Node) -> bool:
@@ -119,7 +158,7 @@ class _Counter:
     def op(self, node: ir.Node) -> FabricOp:
         kind, work = self.work(node)
         stored = sum(_size(v) for v in node.inputs if v is not None and _real_constant(v))
-        if stored and kind not in ("wiring", "control", "table", "side_path"):
+        if stored and kind not in ("wiring", "control", "table", "side_path", "trim"):
             work = {**work, "stored_values": float(stored)}
         return FabricOp(
             str(node.name), kind, node.metadata_props.get(vocabulary.KEY_SCOPE, ""),
@@ -140,7 +179,7 @@ class _Counter:
         special: dict[str, Callable[[ir.Node], tuple[str, dict[str, Growth]]]] = {
             "Attention": self.attention, "MatMul": self.product, "Gemm": self.product,
             "Conv": self.convolution, "ConvTranspose": self.convolution,
-            vocabulary.SIDE_PATH: self.side_path,
+            vocabulary.SIDE_PATH: self.side_path, vocabulary.TRIM: self.trim,
         }  # fmt: skip
         out = self.grow(node.outputs[0])
         if node.op_type in special:
@@ -149,10 +188,14 @@ class _Counter:
             kind, counts = self.gather(node)
         elif node.op_type in PER_OUTPUT:
             kind, each = PER_OUTPUT[node.op_type]
-            counts = {k: out.times(f) for k, f in each.items()} | self.once(node, kind)
+            more = max(len(node.inputs) - 1, 1) if node.op_type in VARIADIC else 1
+            times = {k: f * more if k == "adds" else f for k, f in each.items()}
+            counts = {k: out.times(f) for k, f in times.items()} | self.once(node, kind)
         elif node.op_type in PER_INPUT:
             kind, each = PER_INPUT[node.op_type]
             counts = {k: self.grow(node.inputs[0]).times(f) for k, f in each.items()}
+            for key, factor in AT_LAST.get(node.op_type, {}).items():
+                counts[key] = counts.get(key, Growth(0.0)).plus(out.times(factor))
         else:
             raise _unknown_error([node])
         return kind, _spread(counts if kind == "wiring" else {**counts, "moved_values": out})
@@ -177,10 +220,11 @@ class _Counter:
         points, held = [], []
         for i, probe in enumerate(q):
             length = self.length(node, i)
-            points.append((float(length * self.s(probe)), self.s(probe), self.t(probe)))
+            points.append((length * _rows(probe), probe))
             held.append(length == probe.context and q[0].context != q[-1].context)
-        each = growth(points)
+        each, queries = self.fit(points), self.fit([(_rows(p), p) for p in q])
         kv = float(kv_heads * (width + v_width))
+        written = self.written(node).times(kv)
         memory = Growth(0.0, kv) if all(held) else Growth(kv * self.length(node, 0))
         capped = 1.0 if (cap := node.attributes.get("softcap")) is not None and cap.value else 0.0
         window = float(node.metadata_props.get("pfmc.window", 0))
@@ -188,16 +232,31 @@ class _Counter:
             WINDOW: Growth(window), "table_reads": each.times(capped * heads),
             "macs8": each.times(heads * width), "macs16": each.times(heads * v_width),
             "exps": each.times(heads), "adds": each.times(2.0 * heads),
-            "roots": Growth(float(heads)), "muls": Growth(float(heads * v_width)),
-            "kv_read_values": each.times(kv), "kv_write_values": Growth(kv),
+            "roots": queries.times(heads), "muls": queries.times(heads * v_width),
+            "kv_read_values": each.times(kv), "kv_write_values": written,
             "kv_held_values": memory, "heads": Growth(float(heads)),
         }  # fmt: skip
 
     def length(self, node: ir.Node, run: int) -> int:
-        """Positions attended to in trial run `run`."""
-        total = self.probes(node.inputs[1])[run].shape[-2]
+        """Positions attended to in trial run `run`; a sink is none."""
+        total = self.probes(node.inputs[1])[run].shape[-2] - (SINK in node.metadata_props)
         past = node.inputs[4] if len(node.inputs) > 4 else None
         return total + (self.probes(past)[run].shape[-2] if past is not None else 0)
+
+    def written(self, node: ir.Node) -> Growth:
+        """Positions whose keys are new in a run: none of a memory that is only read."""
+        value = node.inputs[1]
+        pad = value.producer() if value is not None and SINK in node.metadata_props else None
+        value = pad.inputs[0] if pad is not None and pad.op_type == "Pad" else value
+        if value is not None and value.is_graph_input():
+            return Growth(0.0)
+        joined = value.producer() if value is not None else None
+        if joined is not None and joined.op_type == "Concat" and len(joined.inputs) == 2:
+            past, new = joined.inputs
+            if past is not None and past.is_graph_input():
+                value = new
+        extra = int(pad is not None and value is node.inputs[1])
+        return self.fit([(_rows(p) - extra, p) for p in self.probes(value)])
 
     def product(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
         left = self.probes(node.inputs[0])[0].shape
@@ -222,6 +281,14 @@ class _Counter:
             "macs8": rows.times(math.prod(down)), "macs16": rows.times(math.prod(up)),
             "adds": out, "adapter_read_values": rows.times(held),
             "adapter_held_values": Growth(held),
+        }  # fmt: skip
+
+    def trim(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
+        """A 16-bit gain and a 16-bit offset for every output, read from SRAM once."""
+        out, width = self.grow(node.outputs[0]), math.prod(self.probes(node.inputs[1])[0].shape)
+        return "trim", {
+            "muls": out, "adds": out, "adapter_read_values": out.times(4.0),
+            "adapter_held_values": Growth(4.0 * width),
         }  # fmt: skip
 
     def gather(self, node: ir.Node) -> tuple[str, dict[str, Growth]]:
@@ -258,6 +325,11 @@ class _Counter:
         return growth([(float(n), self.s(p), self.t(p)) for n, p in counts])
 
 
+def _rows(probe: ShapeProbe) -> int:
+    """Positions of ``[B, H, S, D]`` or ``[B, S, H * D]``: B (or windows) times S."""
+    return probe.shape[0] * probe.shape[-2]
+
+
 def _heads(
     node: ir.Node, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
@@ -289,7 +361,10 @@ def _size(value: ir.Value) -> int:
 
 def _sampling(model: ir.Model, counter: _Counter) -> Iterable[FabricOp]:
     attentions = [n for n in model.graph if n.op_type == "Attention"]
-    causal = any(_attribute(n, "is_causal") or len(n.inputs) > 4 for n in attentions)
+    causal = any(
+        _attribute(n, "is_causal") or len(n.inputs) > 4 or SINK in n.metadata_props
+        for n in attentions
+    )
     for value in model.graph.outputs if causal else ():
         if _from_linear(value) and len(counter.probes(value)[0].shape) <= 3:
             work = _spread({"adds": counter.grow(value)})
@@ -305,6 +380,8 @@ def _from_linear(value: ir.Value | None) -> bool:
         return node is not None
     if vocabulary.is_op(node, vocabulary.SIDE_PATH, vocabulary.DOMAIN):
         return _from_linear(node.inputs[1])
+    if vocabulary.is_op(node, vocabulary.TRIM, vocabulary.DOMAIN):
+        return _from_linear(node.inputs[0])
     if node.op_type == "Add":
         return any(_from_linear(v) for v in node.inputs) and any(
             v is not None and v.const_value is not None for v in node.inputs

@@ -34,7 +34,7 @@ def report(
     if not layers:
         raise UsageError("the model has no fixed linear: there is nothing to write into glass")
     metrics = {m.key: m for m in _metrics(layers, ops, technology, workload)}
-    products = energy.count(layers, "macs")
+    products = energy.used(layers, "macs")
     optics = sum((t.value for t in energy.terms(layers, technology)), start=Estimate(0.0, 0.0, 0.0))
     rows = validation.rows(technology, metrics["energy__mac"].value, optics * (1.0 / products))
     return CostReport(
@@ -87,7 +87,7 @@ def _metrics(
     token = total("energy__token", [*energy.terms(layers, technology), *digital.energy, *static])
     yield from (time.latency, area, token)
     yield from _rates(token.value, time, workload)
-    products = energy.count(layers, "macs")
+    products = energy.used(layers, "macs")
     yield ratio("energy__mac", token.value / products, f"energy__token / {products:,.6g} products")
     yield from _matter(layers, area.value, digital, technology)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from pfmc.cost import Term
@@ -17,7 +16,7 @@ def terms(layers: Sequence[LayerSummary], technology: Technology) -> Iterator[Te
     """The terms of ``energy__token`` that belong to the optical layers."""
     t = technology
     dac, modulators, receivers, adc, partial = (
-        count(layers, key) for key in
+        used(layers, key) for key in
         ("dac_samples", "modulator_samples", "receiver_samples", "adc_samples", "partial_sums")
     )  # fmt: skip
     yield Term("converters.dac", t["dac.energy"] * dac, f"{dac:,.6g} samples * dac.energy")
@@ -42,24 +41,24 @@ def terms(layers: Sequence[LayerSummary], technology: Technology) -> Iterator[Te
     )  # fmt: skip
 
 
-def count(layers: Sequence[LayerSummary], key: str) -> float:
-    """Sum of one count over all layers."""
-    return sum(layer.counts[key] for layer in layers)
+def used(layers: Sequence[LayerSummary], key: str) -> float:
+    """Sum of one count of a token: experts count with their share of the tokens."""
+    return sum(layer.per_token(key) for layer in layers)
 
 
 def _signal(layers: Sequence[LayerSummary], technology: Technology) -> Term:
-    modes: Counter[int] = Counter()
+    modes: dict[int, float] = {}
     for layer in layers:
         grid = tiling.grid(layer.inputs, layer.outputs, technology)
         stages = tiling.splitter_stages(grid, technology)
-        modes[stages] += int(layer.counts["driven_modes"])
+        modes[stages] = modes.get(stages, 0.0) + layer.per_token("driven_modes")
     value = sum(
         (signal(technology, stages) * n for stages, n in sorted(modes.items())),
         start=Estimate(0.0, 0.0, 0.0),
     )
     return Term(
         "light.signal", value,
-        f"{sum(modes.values()):,} tile inputs * photons * h c / wavelength / (coupling.input * "
+        f"{sum(modes.values()):,.10g} tile inputs * photons * h c / wavelength / (coupling.input * "
         "modulator.transmission * splitter.transmission^stages * laser.wall_plug)",
     )  # fmt: skip
 

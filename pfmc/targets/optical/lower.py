@@ -41,7 +41,10 @@ def lower(linear: FixedLinear, technology: Technology) -> TiledLinear:
     transfer = passive(weights, sigma, technology.number("matrix.margin"))
     table = _table(tiles, transfer, sigma, technology)
     signal = _signal_power(tiles, transfer, _input_power(linear, technology))
-    ranges = _adc_range(tiles, transfer, signal, table, linear, technology)
+    ranges: npt.NDArray[np.floating] = (
+        _adc_range(tiles, transfer, signal, table, linear, technology)
+        if linear.output_range is None else linear.output_range
+    )  # fmt: skip
     tensors: Columns = {
         "transfer": transfer,
         "adc_range": ranges.astype(np.float32),

@@ -17,6 +17,8 @@ from pfmc.technology import Technology
 if TYPE_CHECKING:
     import torch
 
+    from pfmc.targets.optical.train import OpticalTwin
+
 
 class OpticalTarget:
     """Fixed weights as passive optical tiles with homodyne readout (fidelity L0).
@@ -65,6 +67,12 @@ class OpticalTarget:
         from pfmc.targets.optical.simulate import OpticalLinear
 
         return OpticalLinear(stored, technology, die)
+
+    def twin(self, linear: FixedLinear, technology: Technology) -> OpticalTwin:
+        """See `pfmc.targets.optical.train.OpticalTwin`."""
+        from pfmc.targets.optical.train import OpticalTwin
+
+        return OpticalTwin(linear, technology, lower.lower(linear, technology))
 
     def verify(self, stored: StoredLinear, hardware: Path, technology: Technology) -> list[Check]:
         """See `pfmc.targets.optical.verify.verify`; L0 emits no files below `hardware`."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from pfmc.netlist import Module
-    from pfmc.targets.rom.train import RomTwin
+    from pfmc.targets.exact import ExactTwin
 
 
 class RomTarget:
@@ -70,11 +70,11 @@ class RomTarget:
 
         return RomLinear(stored)
 
-    def twin(self, linear: FixedLinear, technology: Technology) -> RomTwin:
+    def twin(self, linear: FixedLinear, technology: Technology) -> ExactTwin:
         """A torch module that multiplies while the weights are trained."""
-        from pfmc.targets.rom.train import RomTwin
+        from pfmc.targets.exact import ExactTwin
 
-        return RomTwin()
+        return ExactTwin()
 
     def verify(self, stored: StoredLinear, hardware: Path, technology: Technology) -> list[Check]:
         """ROM images read back against the codes; requantisers against the scales."""

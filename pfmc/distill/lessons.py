@@ -1,0 +1,185 @@
+"""What is learned from: samples, how they are fed, which outputs count and how they are compared.
+
+A lesson holds arrays with one row a sample. `Language` is for models with token scores: windows of
+a text, or text that the teacher writes itself. `Vectors` is for everything else: encoders, vision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pfmc.distill import losses
+from pfmc.distill.drive import Drive
+from pfmc.distill.feeds import text_feed
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+Outputs = Mapping[str, Tensor]
+
+
+class Lesson(Protocol):
+    """The samples of one kind of model."""
+
+    @property
+    def rows(self) -> int:
+        """How many samples there are to learn from."""
+        ...
+
+    @property
+    def held_out(self) -> int:
+        """How many samples are kept for judging."""
+        ...
+
+    def feeds(self, rows: Sequence[int], held_out: bool = False) -> Feeds:
+        """The graph inputs of samples by number."""
+        ...
+
+    def keep(self, outputs: Outputs) -> dict[str, Tensor]:
+        """What to keep of a teacher's outputs: one row a sample, as small as it can be."""
+        ...
+
+    def loss(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> Tensor:
+        """How far the student is off; `target` as `keep` made it."""
+        ...
+
+    def figures(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> dict[str, float]:
+        """Means over the samples that tell how good the student is; ``loss`` is one of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Language:
+    """Token windows of a language model: forward KL at every position.
+
+    Attributes:
+        drive: how the graph is driven.
+        ids: int64 ``[N, S]`` to learn from; judge: the same to judge by.
+    """
+
+    drive: Drive
+    ids: Array
+    judge: Array
+
+    @property
+    def rows(self) -> int:
+        """Windows."""
+        return len(self.ids)
+
+    @property
+    def held_out(self) -> int:
+        """Windows kept for judging."""
+        return len(self.judge)
+
+    def feeds(self, rows: Sequence[int], held_out: bool = False) -> Feeds:
+        """See `Lesson.feeds`."""
+        return text_feed(self.drive, (self.judge if held_out else self.ids)[np.asarray(rows)])
+
+    def _scores(self, outputs: Outputs) -> Tensor:
+        return outputs[self.drive.logits][:, : self.ids.shape[1]]
+
+    def keep(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The teacher's probabilities, float16, and their negative entropies ``[B, S]``."""
+        logs = functional.log_softmax(self._scores(outputs).float(), dim=-1)
+        chances = logs.exp()
+        return {"chances": chances.to(torch.float16), "certainty": (chances * logs).sum(dim=-1)}
+
+    def loss(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> Tensor:
+        """Forward KL in nats a token."""
+        ours = self._scores(outputs)
+        chances = target["chances"].float().flatten(0, 1)
+        return losses.forward_kl(ours.flatten(0, 1), chances, target["certainty"])
+
+    def figures(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> dict[str, float]:
+        """KL, and the excess in nats a token over the teacher on the tokens themselves."""
+        ids = torch.as_tensor(feeds[self.drive.ids])[:, 1 : self.ids.shape[1], None]
+        logs = functional.log_softmax(self._scores(outputs).float(), dim=-1)[:, :-1]
+        truth = target["chances"].float().clamp_min(1e-7).log()[:, :-1]
+        ids = ids.to(logs.device)
+        excess = (truth.gather(-1, ids) - logs.gather(-1, ids)).mean()
+        return {"loss": float(self.loss(outputs, target, feeds)), "excess": float(excess)}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Any inputs and real outputs: class scores by KL, vectors by error and cosine.
+
+    Attributes:
+        inputs: by graph input, one row a sample; judge: the same to judge by.
+        scores: outputs that are scores ``[..., V]``; vectors: outputs that are vectors.
+        mask: graph input that says where tokens are, or "".
+    """
+
+    inputs: Feeds
+    judge: Feeds
+    scores: tuple[str, ...]
+    vectors: tuple[str, ...]
+    mask: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Samples."""
+        return len(next(iter(self.inputs.values())))
+
+    @property
+    def held_out(self) -> int:
+        """Samples kept for judging."""
+        return len(next(iter(self.judge.values())))
+
+    def feeds(self, rows: Sequence[int], held_out: bool = False) -> Feeds:
+        """See `Lesson.feeds`."""
+        index = np.asarray(rows)
+        return {k: v[index] for k, v in (self.judge if held_out else self.inputs).items()}
+
+    def keep(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Probabilities of scores, and vectors as they are."""
+        kept = {n: functional.softmax(outputs[n].float(), dim=-1) for n in self.scores}
+        return kept | {n: outputs[n].float() for n in self.vectors}
+
+    def loss(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> Tensor:
+        """The sum over all outputs that count."""
+        mask = self._mask(feeds)
+        parts = []
+        for name in self.scores:
+            ours, chances = outputs[name], target[name]
+            if mask is not None and ours.ndim == 3:
+                ours, chances = ours[mask], chances[mask]
+            parts.append(losses.forward_kl(ours.flatten(0, -2), chances.flatten(0, -2)))
+        for name in self.vectors:
+            parts.append(losses.vector_error(outputs[name].float(), target[name], mask))
+        return torch.stack(parts).sum()
+
+    def figures(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> dict[str, float]:
+        """The loss, and the mean cosine of each vector output's positions that count."""
+        found = {"loss": float(self.loss(outputs, target, feeds))}
+        mask = self._mask(feeds)
+        for name in self.vectors:
+            ours, truth = outputs[name].float(), target[name]
+            same = functional.cosine_similarity(ours, truth, dim=-1)
+            found[f"cosine {name}"] = float(
+                (same[mask] if self._per_token(same, mask) else same).mean()
+            )
+        return found
+
+    @staticmethod
+    def _per_token(values: Tensor, mask: Tensor | None) -> bool:
+        return mask is not None and values.shape == mask.shape
+
+    def _mask(self, feeds: Feeds) -> Tensor | None:
+        return torch.as_tensor(feeds[self.mask]) != 0 if self.mask else None
+
+
+def outputs_that_count(model: ir.Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(scores, vectors) among the real outputs of a graph, by their names."""
+    real = [v for v in model.graph.outputs if v.dtype is not None and v.dtype.is_floating_point()]
+    names = [str(v.name) for v in real if v.shape is None or len(v.shape) in (2, 3)]
+    scores = tuple(n for n in names if "logits" in n)
+    return scores, tuple(n for n in names if n not in scores)

@@ -1,0 +1,302 @@
+"""A crossbar layer while it is trained: fresh devices at every step, converters that learn.
+
+What `simulate.CrossbarLinear` does for one die with fixed conductances is done here for weights
+that change and for a die drawn anew, by the same laws (`pfmc.noise_laws` run on torch). All tiles
+are one batched product; without output converters the tiles fall together into one plain product.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pfmc import noise
+from pfmc.hardware import FixedLinear, TiledLinear
+from pfmc.targets.base import Die
+from pfmc.targets.crossbar import tiling
+from pfmc.targets.crossbar.technology import Design
+from pfmc.targets.grids import assign, on_integers, pooled_normal, whole
+
+
+class Cut:
+    """Cuts the last axis of a tensor into the rows of tiles, the shorter filled up with zeros."""
+
+    def __init__(self, edges: npt.NDArray[np.int32]) -> None:
+        heights = np.diff(edges)
+        self.count, self.tall = len(heights), int(heights.max())
+        self.taller = int((heights == self.tall).sum())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., T, R]``."""
+        if self.taller == self.count:
+            return x.reshape(*x.shape[:-1], self.count, self.tall)
+        cut = self.taller * self.tall
+        short = x[..., cut:].reshape(*x.shape[:-1], self.count - self.taller, self.tall - 1)
+        tall = x[..., :cut].reshape(*x.shape[:-1], self.taller, self.tall)
+        return torch.cat([tall, functional.pad(short, (0, 1))], dim=-2)
+
+    def join(self, x: Tensor) -> Tensor:
+        """The inverse: ``[..., T, R]`` to ``[..., in]``."""
+        if self.taller == self.count:
+            return x.flatten(-2)
+        first = x[..., : self.taller, :].flatten(-2)
+        return torch.cat([first, x[..., self.taller :, : self.tall - 1].flatten(-2)], dim=-1)
+
+
+class CrossbarTwin(nn.Module):
+    """See `pfmc.targets.base.Twin`.
+
+    Args:
+        linear: its shape and name. design: the technology's numbers. tiled: the lowered layer,
+        whose converter ranges are the first.
+    """
+
+    column: Tensor
+
+    def __init__(self, linear: FixedLinear, design: Design, tiled: TiledLinear) -> None:
+        super().__init__()
+        self.name, self.design = linear.name, design
+        self.grid = tiling.grid(linear.inputs, linear.outputs, design.rows, design.columns)
+        self.cut = Cut(self.grid.row_edges)
+        self.samples = float(2 ** (design.output_bits - 1) - 1)
+        self.codes = float(2 ** (linear.input_bits - 1) - 1)
+        widths = np.diff(self.grid.column_edges)
+        column = torch.from_numpy(np.repeat(np.arange(self.grid.across), widths))
+        self.register_buffer("column", column, persistent=False)
+        self.log_range = nn.Parameter(torch.zeros(self.grid.down, self.grid.across))
+        self.set_ranges(tiled)
+        self._known: dict[tuple[int, str], list[Tensor]] = {}
+        self.keeps = True  # errors of one die from call to call; not where memory is short
+        self._missed: tuple[Tensor, Tensor] | None = None
+        self.face(Die(seed=None, read_noise=False))
+
+    # -- what the trainer calls -----------------------------------------------------------------
+
+    def face(self, die: Die, converters: bool = True, readings: int | None = None) -> None:
+        """See `Twin.face`; facing the same die again while training, the twin knows its errors."""
+        if (die, converters, readings) != getattr(self, "_faced", None) or not self.training:
+            self._missed = None
+        self._faced = (die, converters, readings)
+        self.die, self.converters, self.readings = die, converters, readings
+        self._reads: torch.Generator | None = None
+
+    @torch.no_grad()
+    def clip(self, weight: Tensor, sigmas: float) -> None:
+        """See `Twin.clip`; the deviation is over the rows of a tile, taken around zero."""
+        tiles = self.cut(weight)
+        power = tiles.square().sum(dim=-1) / tiles.new_tensor(np.diff(self.grid.row_edges))
+        limit = (sigmas * power.sqrt()).unsqueeze(-1)
+        weight.copy_(self.cut.join(torch.maximum(torch.minimum(tiles, limit), -limit)))
+
+    def ranges(self) -> npt.NDArray[np.float32]:
+        """The range of each tile in input codes times full conductances, float32 ``[tiles]``."""
+        made: npt.NDArray[np.float32] = whole(self.log_range).exp().reshape(-1).numpy()
+        return made
+
+    def set_ranges(self, tiled: TiledLinear) -> None:
+        """See `Twin.set_ranges`."""
+        given = torch.from_numpy(np.array(tiled.tiles["adc_range"], np.float32))
+        assign(self.log_range, given.log())
+
+    # -- the layer ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, weight: Tensor, full: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        if self.converters:
+            return self._converted(x, weight, full)
+        if self.die.seed is None:
+            return functional.linear(x, weight)
+        return functional.linear(x, weight + self._errors(weight, joined=True)[0])
+
+    @torch.no_grad()
+    def _errors(self, weight: Tensor, joined: bool) -> tuple[Tensor, Tensor]:
+        """What the die makes of the weights, less the weights, reading included.
+
+        Drawn once a die while training: the weights of its steps hardly differ.
+
+        Returns:
+            In weights ``[out, in]`` if `joined`, else normalised ``[out, T, R]``; and the drift
+            compensation of each column ``[out, T]``.
+        """
+        if self._missed is None:
+            held, scale, _ = self._devices(weight, self.die.read_noise)
+            unit = self._scale(weight)
+            if joined:
+                error = self.cut.join(held * scale.unsqueeze(-1)) - weight
+            else:
+                error = held - self.cut(weight) / unit.unsqueeze(-1)
+            made = error, scale / unit
+            if not (self.training and self.keeps and self.readings is None):
+                return made
+            self._missed = made
+        return self._missed
+
+    def _converted(self, x: Tensor, weight: Tensor, full: Tensor) -> Tensor:
+        """All tiles in one batched product, their samples converted and summed.
+
+        While training, read noise is drawn on the weights here too.
+        """
+        variance: Tensor | None = None
+        with torch.no_grad():
+            unit = self._scale(weight)
+            if self.training and self.readings is None and self.die.seed is not None:
+                error, drift = self._errors(weight, joined=False)
+                scale = unit * drift
+            else:
+                held, scale, variance = self._devices(weight, False)
+                error = held - self.cut(weight) / unit.unsqueeze(-1)
+        unit_step = full / (self.codes * self.samples)
+        step = self.log_range.exp()[:, self.column].unsqueeze(1) * unit_step
+        tiles = (self.cut(weight) / unit.unsqueeze(-1) + error).permute(1, 2, 0)  # [T, R, out]
+        rows = self.cut(x.reshape(-1, x.shape[-1])).transpose(0, 1)  # [T, B, R]
+        currents = torch.bmm(rows, tiles / step)
+        if self.die.read_noise:
+            currents = currents + self._reading(rows, variance, step.detach())
+        samples = on_integers(currents, self.samples)
+        y = (samples * (step * scale.T.unsqueeze(1))).sum(dim=0)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def _scale(self, weight: Tensor) -> Tensor:
+        """The weight of a full conductance of each column, ``[out, T]``; 1 where all are zero."""
+        peak = self.cut(weight).abs().amax(dim=-1)
+        return torch.where(peak > 0, peak, torch.ones_like(peak))
+
+    def _devices(self, weight: Tensor, reading: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The die's normalised weights, their scale, and the variance of a reading.
+
+        Returns:
+            held ``[out, T, R]``: (g_plus - g_minus) / (g_max - g_min) as aged, and as read once if
+            `reading`; scale ``[out, T]``: what 1 of it weighs, drift compensation included;
+            variance of one reading ``[out, T, R]``, or None.
+        """
+        scale = self._scale(weight)
+        ideal = self.cut(weight) / scale.unsqueeze(-1)
+        if self.die.seed is None and not self.die.read_noise:
+            return ideal, scale, None
+        if self.training and self.readings is None and self.die.seed is not None:
+            return self._quickly(ideal, scale)
+        low = self.design.floor
+        target = torch.stack([ideal, -ideal]).clamp_(0, 1).mul_(1 - low).add_(low)
+        written, aged = self._written(target)
+        if self.design.compensate and self.die.seed is not None and self.die.age_s > 0:
+            scale = scale * self._compensation(written, aged)
+        laws = self.design.noise
+        variance = None
+        if self.die.read_noise and laws.read:
+            sigma = laws.read_sigma(written, aged, self.die.age_s)
+            if reading:
+                aged = aged + sigma * self._normal(sigma, "read")
+            else:
+                variance = sigma.square().sum(dim=0).div_((1 - low) ** 2)
+        return (aged[0] - aged[1]).div_(1 - low), scale, variance
+
+    def _quickly(self, ideal: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+        """`_devices` as read once, with laws run on one device of each pair.
+
+        The other device of a pair stays at g_min, where every law of its target is a number. Which
+        of both draws which normal number makes no difference to their distribution.
+        """
+        laws, low, age_s = self.design.noise, self.design.floor, self.die.age_s
+        states = []
+        targets = (ideal.abs().clamp_(max=1).mul_(1 - low).add_(low), ideal.new_tensor(low))
+        for name, target in zip(("held", "idle"), targets, strict=True):
+            written = target
+            for k, write in enumerate(laws.write):
+                written = write.apply(written, self._normal(ideal, f"{name} write {k}"))
+            aged = written
+            for k, age in enumerate(laws.age if age_s != 0.0 else ()):
+                aged = age.apply(target, aged, self._normal(ideal, f"{name} age {k}"), age_s)
+            states.append((written, aged))
+        if self.design.compensate and age_s > 0:
+            pairs = [
+                torch.stack([held, idle.expand_as(ideal)])
+                for held, idle in zip(*states, strict=True)
+            ]
+            scale = scale * self._compensation(pairs[0], pairs[1])
+        (written, held), (low_written, idle) = states
+        if self.die.read_noise and laws.read:
+            for state, name in (((written, held), "held"), ((low_written, idle), "idle")):
+                sigma = laws.read_sigma(*state, age_s)
+                drawn = sigma * self._normal(ideal, f"{name} read")
+                held = held + drawn if name == "held" else held - drawn
+        sign = torch.where(ideal < 0, -1.0, 1.0)
+        return (held - idle).div_(1 - low).mul_(sign), scale, None
+
+    def _written(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Devices ``[2, out, T, R]`` as written and as aged; see `noise.NoiseModel.device`."""
+        written, laws = target, self.design.noise
+        if self.die.seed is None:
+            return target, target
+        draws = self._draws(target, "write", len(laws.write))
+        for write, z in zip(laws.write, draws, strict=True):
+            written = write.apply(written, z)
+        aged, ages = written, laws.age if self.die.age_s != 0.0 else ()
+        for age, z in zip(ages, self._draws(target, "age", len(ages)), strict=True):
+            aged = age.apply(target, aged, z, self.die.age_s)
+        return written, aged
+
+    def _draws(self, like: Tensor, moment: str, count: int) -> list[Tensor]:
+        """The normal numbers of `count` laws of one moment, each shaped like `like`."""
+        if self.readings is None:
+            return [self._normal(like, f"{moment} {k}") for k in range(count)]
+        key = (self.die.seed or 0, moment)
+        if len(self._known.get(key, ())) < count:
+            self._known = {k: v for k, v in self._known.items() if k[0] == key[0]}
+            self._known[key] = self._simulated(like, moment, count)
+        return [z.to(like.device) for z in self._known.get(key, [])[:count]]
+
+    def _simulated(self, like: Tensor, moment: str, count: int) -> list[Tensor]:
+        """What `noise.NoiseModel.device` draws for the die, laid out as tiles."""
+        drawn = noise.generator(self.die.seed or 0, self.name, moment)
+        shape = (2, int(self.grid.row_edges[-1]), like.shape[1])
+        each = [drawn.standard_normal(shape, dtype=np.float32) for _ in range(count)]
+        return [self.cut(torch.from_numpy(z).transpose(1, 2)).contiguous() for z in each]
+
+    def _normal(self, like: Tensor, moment: str) -> Tensor:
+        seed = self._seed(moment)
+        if self.training and self.readings is None:
+            return pooled_normal(like, seed)
+        generator = torch.Generator(like.device).manual_seed(seed)
+        return torch.empty_like(like).normal_(generator=generator)
+
+    def _seed(self, moment: str) -> int:
+        if self.readings is not None:
+            return int(noise.generator(self.readings, self.name, moment).integers(2**63))
+        drawn = noise.generator(self.die.seed or 0, self.name, f"twin {moment}")
+        return int(drawn.integers(2**63))
+
+    def _compensation(self, written: Tensor, aged: Tensor) -> Tensor:
+        """mean |w written| / mean |w aged| of each tile, spread over its columns ``[out, T]``."""
+        sums = []
+        for state in (written, aged):
+            by_column = self._padless((state[0] - state[1]).abs()).sum(dim=-1)
+            total = by_column.new_zeros(self.grid.across, self.grid.down)
+            sums.append(total.index_add_(0, self.column, by_column))
+        ratio = torch.where(sums[1] > 0, sums[0] / sums[1], torch.ones_like(sums[0]))
+        return ratio[self.column]
+
+    def _padless(self, tiles: Tensor) -> Tensor:
+        """`tiles` with what fills up the shorter ones set to zero."""
+        if self.cut.taller < self.cut.count:
+            tiles[..., self.cut.taller :, -1] = 0
+        return tiles
+
+    @torch.no_grad()
+    def _reading(self, rows: Tensor, variance: Tensor | None, step: Tensor) -> Tensor | float:
+        """One draw of read noise for every current, in steps ``[T, B, out]``; 0 without any."""
+        power: Tensor | None = None
+        if variance is not None:
+            wide = self._padless(variance).permute(1, 2, 0) / step.square()
+            power = torch.bmm(rows.square(), wide)
+        if self.design.noise.output:
+            constant = (self.samples * self.design.noise.output_sigma()) ** 2
+            shape = (*rows.shape[:2], len(self.column))
+            power = rows.new_full(shape, constant) if power is None else power.add_(constant)
+        if power is None:
+            return 0.0
+        if self._reads is None:
+            self._reads = torch.Generator(rows.device).manual_seed(self._seed("read"))
+        return torch.empty_like(power).normal_(generator=self._reads).mul_(power.sqrt_())
