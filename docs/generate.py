@@ -235,6 +235,8 @@ def _matrix(held: Mapping[str, recipes.Recipe]) -> str:
 def _value(value: object) -> str:
     if value is None or value == {}:
         return ""
+    if isinstance(value, dict) and not all(isinstance(v, dict) for v in value.values()):
+        return ", ".join(f"{k} = {v}" for k, v in value.items())
     if isinstance(value, dict):
         return "; ".join(f"{k}: " + ", ".join(f"{a} = {b}" for a, b in v.items() if b is not None)
                          for k, v in value.items())  # fmt: skip

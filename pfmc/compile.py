@@ -22,20 +22,21 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 import pfmc
-from pfmc import ingest, lowered, store, technology
+from pfmc import distilled, ingest, lowered, numbers, rotation, store, technology
 from pfmc.artifact import FileEntry, Manifest, Writer, canonical_json
 from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import UsageError, did_you_mean
 from pfmc.hardware import FabricOp, LayerStatistics, Limits
 from pfmc.ingest.adapters import CONFIG, WEIGHTS, adapter_files
-from pfmc.ir import vocabulary
+from pfmc.ir import routing, vocabulary
 from pfmc.passes import pipeline
 from pfmc.passes import recipe as recipes
+from pfmc.passes import unseen as unseen_experts
 from pfmc.passes.adapters import KeepBeside, MergeAdapter
 from pfmc.passes.base import Context, Pass
 from pfmc.passes.fabric_formats import FabricFormats
 from pfmc.passes.pipeline import Outcome
-from pfmc.passes.quantise import Quantise, linear_record, release
+from pfmc.passes.quantise import linear_record, release
 from pfmc.store import LayerRecord
 from pfmc.targets import get
 from pfmc.targets.base import Target
@@ -63,6 +64,7 @@ class Options:
     Attributes:
         adapter: folder of a LoRA adapter in PEFT's format, kept beside the fixed linears in
             writable memory; or, with `merge`, added to their weights.
+        distilled: folder of a finished distillation, whose layers are taken (`pfmc.distilled`).
     """
 
     target: str
@@ -79,6 +81,7 @@ class Options:
     stop_after: str | None = None
     adapter: Path | None = None
     merge: bool = False
+    distilled: Path | None = None
     force: bool = False
 
 
@@ -145,6 +148,18 @@ def compile_model(
     """
     options = options or Options(**choices)
     clock = _Clock(progress=progress)
+    job = _job(model, options, clock)
+    if options.stop_after:
+        return _stopped(job, options.stop_after)
+    place = Path(out) if out else Path(f"{job.loaded.name}-{job.tech.name}.pfm")
+    with Writer(place, force=options.force) as writer, _one_thread():
+        if finished := writer.current(job.request):
+            return _up_to_date(finished, clock)
+        return _compile_into(job, writer)
+
+
+def _job(model: str | Path, options: Options, clock: _Clock) -> _Job:
+    """Everything that is known before the first pass."""
     tech = technology.load(options.target)
     target = get(tech.kind)
     target.check(tech)
@@ -153,14 +168,7 @@ def compile_model(
     plan = recipes.load(options.recipe or recipes.default_recipe(tech.kind), options.settings)
     with clock.phase("ingest"):
         loaded = ingest.load(model, trust_root=options.trust_root)
-    job = _Job(loaded, tech, target, plan, options, clock)
-    if options.stop_after:
-        return _stopped(job, options.stop_after)
-    place = Path(out) if out else Path(f"{loaded.name}-{tech.name}.pfm")
-    with Writer(place, force=options.force) as writer, _one_thread():
-        if finished := writer.current(job.request):
-            return _up_to_date(finished, clock)
-        return _compile_into(job, writer)
+    return _Job(loaded, tech, target, plan, options, clock)
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,22 @@ class _Job:
             "calibration_sha256": _digest(o.inputs),
             "tokenizer_sha256": _digest(self.tokenizer),
             **self.adapter(),
+            **self.distilled(),
         }
+
+    def origin(self) -> dict[str, Any]:
+        """What a distillation is made for: all that decides the quantised model but its data."""
+        config = self.config()
+        same = ("inputs", "target", "technology_sha256", "adapter")
+        parts = {k: v for k, v in self.plan.canonical().items() if k in ("pass", "quantise")}
+        return {k: config[k] for k in same if k in config} | {
+            "recipe_sha256": hashlib.sha256(canonical_json(parts)).hexdigest()
+        }
+
+    def distilled(self) -> dict[str, Any]:
+        """What is added to `config` if a distillation's layers are taken."""
+        folder = self.options.distilled
+        return {} if folder is None else {"distilled_sha256": distilled.read(folder).digest}
 
     def adapter(self) -> dict[str, Any]:
         """What is added to `config` if there is an adapter: its files, and what becomes of it."""
@@ -221,6 +244,11 @@ class _Job:
         if self.options.context is not None:
             return self.options.context
         return min(self.plan.workload.context, _longest(self.loaded.path.parent))
+
+    @property
+    def priced(self) -> Technology:
+        """The technology with the KV memory as wide as the recipe wants it."""
+        return numbers.with_kv_bits(self.tech, self.plan)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -262,17 +290,67 @@ def _one_thread() -> Iterator[None]:
 
 def _compile_into(job: _Job, writer: Writer) -> Compilation:
     model, statistics, notes = _quantised(job)
+    made = _take_distilled(job, model)
+    if made is not None:
+        statistics, notes = made.statistics, notes | {"distilled": made.told()}
     with job.clock.phase("lower"):
-        records, resumed = _lower(job, writer, model, statistics)
+        records, resumed = _lower(job, writer, model, statistics, made)
     with job.clock.phase("assemble"):
         shapes = probe_shapes(model)
         ops = fabric_ops(model, shapes)
-        context = fixed_positions(model, shapes) or job.context
-        report = lowered.report(job.target, job.tech, model, records, ops, context, notes)
+        positions = fixed_positions(model, shapes)
+        context = positions or job.context
+        seen = {name: found.samples for name, found in statistics.items()}
+        shares = routing.activity(model, shapes, seen, positions)
+        records = [replace(r, activity=shares.get(r.name, 1.0)) for r in records]
+        report = lowered.report(job.target, job.priced, model, records, ops, context, notes)
         _write_rest(job, writer, model, records, ops, report)
     with job.clock.phase("commit"):
         manifest = writer.commit({"config": job.config(), "request_sha256": job.request})
     return Compilation(manifest.path, report, job.clock.seconds, resumed, model)
+
+
+def _take_distilled(job: _Job, model: ir.Model) -> distilled.Distilled | None:
+    """Puts the layers of a distillation into the quantised model, if one was given."""
+    if job.options.distilled is None:
+        return None
+    made = distilled.read(job.options.distilled)
+    distilled.require_same(made.manifest, job.origin(), job.options.distilled)
+    distilled.install(model, made)
+    return made
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where distillation starts.
+
+    Attributes:
+        teacher: the float model at stage CANONICAL; model: at stage QUANTISED, with the fabric's
+            formats; statistics: of its layers.
+        tech, target, plan: what it is made for.
+        tokenizer: of a language model, or None; origin: what a distillation of it is made for.
+    """
+
+    teacher: ir.Model
+    model: ir.Model
+    statistics: Mapping[str, LayerStatistics]
+    tech: Technology
+    target: Target
+    plan: Recipe
+    tokenizer: Path | None
+    origin: dict[str, Any]
+
+
+def prepare(model: str | Path, options: Options, progress: Progress = _silent) -> Prepared:
+    """Carries a model as far as `compile_model` does before it lowers layers."""
+    job = _job(model, options, _Clock(progress=progress))
+    with _one_thread():
+        canonical = _canonical(job)
+        teacher = canonical[0].clone()
+        quantised, statistics, _ = _quantised(job, canonical)
+    return Prepared(
+        teacher, quantised, statistics, job.tech, job.target, job.plan, job.tokenizer, job.origin()
+    )
 
 
 def _limits(job: _Job) -> Limits:
@@ -289,46 +367,63 @@ def _canonical(job: _Job) -> tuple[ir.Model, dict[str, Any]]:
     context = Context(
         limits=_limits(job), seed=job.options.seed, progress=job.clock.progress
     )
+    judged = rotation.judged(job.passes)
     with job.clock.phase("canonical"):
-        outcome = pipeline.canonicalise(job.loaded.model, job.passes, context, settings)
-    return outcome.model, _notes(outcome)
+        passes = [p for p in job.passes if p is not judged]
+        outcome = pipeline.canonicalise(job.loaded.model, passes, context, settings)
+    if judged is None:
+        return outcome.model, _notes(outcome)
+    chosen = rotation.choose(
+        outcome.model, judged, context, lambda m: _quantised(job, (m, {}))[0],
+        job.plan.calibration, _data(job),
+    )  # fmt: skip
+    return chosen.model, _notes(outcome) | {"rotate": chosen.report}
 
 
 def _notes(outcome: Outcome) -> dict[str, Any]:
     return {step.label: step.report() for step in outcome.steps}
 
 
-def _quantised(job: _Job) -> tuple[ir.Model, Mapping[str, LayerStatistics], dict[str, Any]]:
+def _quantised(
+    job: _Job, canonical: tuple[ir.Model, dict[str, Any]] | None = None
+) -> tuple[ir.Model, Mapping[str, LayerStatistics], dict[str, Any]]:
     """The model with number formats, the calibration statistics, and what each pass did."""
-    model, notes = _canonical(job)
+    model, notes = canonical or _canonical(job)
     with job.clock.phase("calibrate"):
-        statistics = _calibrate(job, model)
+        chosen = _numbers(job, model)
+        statistics, unseen = unseen_experts.complete(model, chosen.statistics)
+    notes = notes | chosen.notes
+    if unseen:
+        notes = notes | {"calibrate": {"layers_without_rows": list(unseen)}}
+        job.clock.progress(f"calibrate: no rows for {len(unseen)} experts: {', '.join(unseen[:4])}")
     context = Context(
         limits=_limits(job), seed=job.options.seed, statistics=statistics,
-        progress=job.clock.progress,
+        matrices=chosen.matrices, progress=job.clock.progress,
     )  # fmt: skip
     folder = job.options.dump_ir / "quantise" if job.options.dump_ir else None
     with job.clock.phase("quantise"):
-        steps = [Quantise.of(job.plan), FabricFormats()]
+        held = job.plan.quantise.kv_bits
+        steps = [chosen.options, FabricFormats(0 if held == "target" else held)]
         outcome = pipeline.run(model, steps, context, pipeline.Settings(dump=folder))
     told = {step.name: step.report() for step in outcome.steps}
     return outcome.model, statistics, notes | told
 
 
-def _calibrate(job: _Job, model: ir.Model) -> Mapping[str, LayerStatistics]:
-    if job.plan.calibration.source == "none":
-        return {}
-    from pfmc.distill import calibrate
+def _data(job: _Job) -> numbers.Data:
+    o = job.options
+    return numbers.Data(job.tokenizer, o.text, o.inputs, o.seed, job.clock.progress)
 
-    return calibrate.statistics_of(
-        model, job.plan.calibration, tokenizer=job.tokenizer, text=job.options.text,
-        inputs=job.options.inputs, seed=job.options.seed, progress=job.clock.progress,
-        moments=Quantise.of(job.plan).compensates,
-    )  # fmt: skip
+
+def _numbers(job: _Job, model: ir.Model) -> numbers.Numbers:
+    """Scaling, bits, statistics and rounding as the recipe asks."""
+    limits, data = _limits(job), _data(job)
+    price = numbers.price_of(job.target, job.tech, limits, job.context)
+    return numbers.choose(model, job.plan, limits, price, data)
 
 
 def _lower(
-    job: _Job, writer: Writer, model: ir.Model, statistics: Mapping[str, LayerStatistics]
+    job: _Job, writer: Writer, model: ir.Model, statistics: Mapping[str, LayerStatistics],
+    made: distilled.Distilled | None = None,
 ) -> tuple[list[LayerRecord], int]:
     """Lowers every fixed linear, `jobs` at a time; one that an earlier run finished is kept."""
     nodes = vocabulary.fixed_linears(model)
@@ -339,6 +434,7 @@ def _lower(
 
         def make() -> tuple[list[FileEntry], dict[str, Any]]:
             linear = linear_record(node, statistics.get(str(node.name)))
+            linear = linear if made is None else made.complete(linear)
             tiled = job.target.lower_linear(linear, job.tech)
             return store.write_layer(writer, linear, tiled)
 
@@ -372,7 +468,7 @@ def _write_rest(
     definitions = {r.name: job.target.definition(r.summary, job.tech) for r in records}
     netlist = assemble(model, definitions, ops)
     writer.write("netlist.json", netlist.to_json().encode())
-    writer.write("technology.json", canonical_json(technology.to_json(job.tech)))
+    writer.write("technology.json", canonical_json(technology.to_json(job.priced)))
     writer.write("report/report.json", canonical_json(report))
     writer.write("report/metrics.csv", lowered.metrics_csv(report).encode())
     if job.tokenizer:

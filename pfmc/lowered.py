@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from pfmc import cost
+from pfmc import cost, formats
 from pfmc.artifact import Writer
 from pfmc.errors import InternalError
 from pfmc.hardware import FabricOp, Workload
@@ -129,9 +130,46 @@ def report(
         "passes": dict(notes),
         "pieces": left_in_pieces(model, ops, notes),
         "cost": cost.to_json(costs),
-        "baseline": cost.to_json(gpu.baseline(float(_parameters(model, records)))),
+        "baseline": cost.to_json(gpu.baseline(float(max(1, _parameters(model, records))))),
         "layers": {r.name: r.diagnostics for r in records},
+        "rounding": rounding_facts(records),
     }
+
+
+def rounding_facts(records: Sequence[LayerRecord]) -> dict[str, Any]:
+    """What rounded each layer, and the share of its output's power that each search got wrong."""
+    layers: dict[str, dict[str, Any]] = {}
+    chosen: dict[str, int] = {}
+    for r in records:
+        errors = {
+            k.removesuffix("_error_relative"): v
+            for k, v in r.diagnostics.items()
+            if k.endswith("_error_relative") and k != "code_error_relative"
+        }
+        if "code_error_relative" in r.diagnostics:
+            errors["layer_wise_best"] = r.diagnostics["code_error_relative"]
+        layers[r.name] = {
+            "format": r.format, "bits": r.bits, "group": r.group, "choice": r.choice,
+            "errors": errors,
+        }  # fmt: skip
+        chosen[r.choice or "unknown"] = chosen.get(r.choice or "unknown", 0) + 1
+    weights = sum(r.inputs * r.outputs for r in records)
+    stored = sum(
+        r.inputs * r.outputs * formats.of(r.format, r.bits).weight_bits(r.inputs, r.group)
+        for r in records
+    )
+    return {
+        "layers": layers, "choices": dict(sorted(chosen.items())),
+        "weight_bits_mean": stored / max(1, weights),
+        "errors_geometric_mean": _means([v["errors"] for v in layers.values()]),
+    }  # fmt: skip
+
+
+def _means(errors: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The geometric mean of each error over the layers that have it and are not exact."""
+    names = sorted({k for e in errors for k in e})
+    held = {n: [e[n] for e in errors if e.get(n, 0.0) > 0] for n in names}
+    return {n: math.exp(sum(map(math.log, v)) / len(v)) for n, v in held.items() if v}
 
 
 def _facts(
@@ -148,19 +186,35 @@ def _facts(
         "fabric_ops": len(ops),
         "fabric_kinds": dict(sorted(kinds.items())),
         **_adapters(model),
+        **_experts(records),
     }
 
 
+def _experts(records: Sequence[LayerRecord]) -> dict[str, Any]:
+    """How often tokens use the layers that a router chooses; nothing where there is none."""
+    shares = {r.name: r.activity for r in records if r.activity != 1.0}
+    if not shares:
+        return {}
+    active = sum(r.inputs * r.outputs * r.activity for r in records)
+    return {"activity": shares, "active_weights": round(active)}
+
+
 def _adapters(model: ir.Model) -> dict[str, Any]:
-    """Rank and parameters of every side path by its layer; nothing where there is none."""
-    found: dict[str, dict[str, int]] = {}
+    """Rank and parameters of every side path by its layer; nothing where there is none.
+
+    Those of pass ``spread`` stand apart from adapters.
+    """
+    adapters: dict[str, dict[str, int]] = {}
+    spread: dict[str, dict[str, int]] = {}
     for node in model.graph:
         if vocabulary.is_op(node, vocabulary.SIDE_PATH, vocabulary.DOMAIN):
             factors = [v.const_value for v in node.inputs[2:] if v is not None]
             sizes = [[int(d) for d in t.shape.numpy()] for t in factors if t is not None]
             parameters = sum(rows * columns for rows, columns in sizes)
+            found = spread if vocabulary.KEY_SPREAD in node.metadata_props else adapters
             found[provenance.scope(node)] = {"rank": sizes[0][1], "parameters": parameters}
-    return {"adapters": found} if found else {}
+    named = {"adapters": adapters, "spread": spread}
+    return {name: found for name, found in named.items() if found}
 
 
 def _parameters(model: ir.Model, records: Sequence[LayerRecord]) -> int:

@@ -17,6 +17,7 @@ import torch
 from pfmc import artifact, store, technology
 from pfmc.artifact import Manifest
 from pfmc.distill.generate import Decoder
+from pfmc.distill.seq2seq import EncoderDecoder, is_pair
 from pfmc.distill.student import Student
 from pfmc.distill.text import Tokenizer, load_tokenizer
 from pfmc.errors import CorruptError, InputError, UsageError, did_you_mean
@@ -74,6 +75,19 @@ class Machine:
             UsageError: it is none.
         """
         return Decoder(self.student, self.tokenizer)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the machine is an encoder-decoder, or one of its halves."""
+        return is_pair(self.student.model)
+
+    def pair(self) -> EncoderDecoder:
+        """Drives the machine as an encoder-decoder.
+
+        Raises:
+            UsageError: it is none, or only half of one.
+        """
+        return EncoderDecoder(self.student, self.tokenizer)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Feeds every graph input once and returns every output, as numpy arrays.

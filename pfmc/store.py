@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pfmc import formats
 from pfmc.artifact import FileEntry, Writer, canonical_json, file_name
 from pfmc.errors import CorruptError, UsageError, did_you_mean
 from pfmc.hardware import FixedLinear, LayerSummary, TiledLinear
@@ -37,8 +38,9 @@ class LayerRecord:
         name, inputs, outputs, bits, group, input_bits, input_scale, sources, weight: as in
             `pfmc.hardware.FixedLinear`.
         file: the stem of its weights and tile files.
-        tiles, counts, diagnostics: as in `pfmc.hardware.LayerSummary`.
+        tiles, counts, diagnostics, activity: as in `pfmc.hardware.LayerSummary`.
         ranges: tensor name -> offset and length in bytes inside the weights file.
+        format, choice: as in `pfmc.hardware.QuantisedMatrix`.
     """
 
     name: str
@@ -55,13 +57,17 @@ class LayerRecord:
     counts: dict[str, float]
     diagnostics: dict[str, float]
     ranges: dict[str, list[int]]
+    activity: float = 1.0
+    format: str = "int"
+    choice: str = ""
 
     @property
     def summary(self) -> LayerSummary:
         """What cost, netlist and report need."""
         return LayerSummary(
-            self.name, self.inputs, self.outputs, self.tiles, self.counts, self.diagnostics
-        )
+            self.name, self.inputs, self.outputs, self.tiles, self.counts, self.diagnostics,
+            self.activity,
+        )  # fmt: skip
 
     @property
     def weights_path(self) -> str:
@@ -85,7 +91,7 @@ def write_layer(
         linear.input_bits, linear.input_scale, list(linear.sources), linear.weight, stem,
         len(next(iter(tiled.tiles.values()))), _floats(tiled.counts),
         _floats({**linear.matrix.diagnostics, **tiled.diagnostics}),
-        _ranges(weights),
+        _ranges(weights), format=linear.matrix.format, choice=linear.matrix.choice,
     )  # fmt: skip
     return entries, vars(record)
 
@@ -96,7 +102,8 @@ def _floats(values: Mapping[str, float]) -> dict[str, float]:
 
 def _tensors(linear: FixedLinear, tiled: TiledLinear) -> dict[str, Array]:
     codes = linear.matrix.codes
-    packed: Array = pack_int4(codes) if linear.matrix.bits <= 4 else np.ascontiguousarray(codes)
+    nibbles = formats.of(linear.matrix.format, linear.matrix.bits).nibbles
+    packed: Array = pack_int4(codes) if nibbles else np.ascontiguousarray(codes)
     bias = linear.bias if linear.bias is not None else np.zeros(linear.outputs, np.float32)
     return {**tiled.tensors, "codes": packed, "scale": linear.matrix.scale, "bias": bias}
 
@@ -181,7 +188,7 @@ def read_layer(artifact: Path, record: LayerRecord) -> StoredLinear:
         tensors: dict[str, Array] = dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise CorruptError(f"the weights cannot be read: {error}", where=str(path)) from error
-    if record.bits <= 4:
+    if formats.of(record.format, record.bits).nibbles:
         tensors["codes"] = unpack_int4(
             tensors["codes"].astype(np.uint8, copy=False), (record.inputs, record.outputs)
         )

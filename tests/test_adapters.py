@@ -137,7 +137,7 @@ def test_the_same_bytes_twice_and_other_bytes_for_another_adapter(
 
 
 def test_another_adapter_without_compiling(
-    make: Make, base: Path, adapter: Path, tmp_path: Path
+    make: Make, base: Path, adapter: Path, tmp_path: Path, here: Any
 ) -> None:
     """Without calibration the copy is, number for number, what a compile would give."""
     options = {"settings": (*EIGHT, "calibration.source=none", "quantise.inputs=token")}
@@ -155,6 +155,10 @@ def test_another_adapter_without_compiling(
         assert ours == theirs, name
     assert problems(tmp_path / "b.pfm") == []
     assert done.manifest["config"]["adapted_from"] == read_manifest(first).tree
+    words = ("adapt", first, "--adapter", other, "-o", tmp_path / "c.pfm", "--json")
+    told = here(*words).json()
+    assert told["tree_sha256"] == done.manifest.tree
+    assert set(told["layers"]) == set(L.ADAPTED)
     back = adapt(tmp_path / "b.pfm", adapter, tmp_path / "a.pfm")
     feeds = {"input_ids": np.arange(8)[None]}
     logits = [

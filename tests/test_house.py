@@ -20,8 +20,8 @@ FLOORS = [
         "__init__", "errors", "library", "quantity",
     },
     {
-        "artifact", "compensation", "cost", "hardware", "ir", "netlist", "noise", "noise_laws",
-        "rounding", "technology",
+        "artifact", "child", "compensation", "cost", "formats", "hadamard", "hardware", "ir",
+        "layer_rounding", "netlist", "noise", "noise_laws", "rounding", "technology",
     },
     {
         "distill", "ingest", "report", "targets",
@@ -30,8 +30,9 @@ FLOORS = [
         "passes",
     },
     {
-        "against_source", "compile", "inspect_model", "lint", "lowered", "oracle", "reduce",
-        "simulate", "store", "verification", "verify", "with_adapter",
+        "adapt", "against_experts", "against_source", "calibration", "compile", "distillation",
+        "distilled", "evaluation", "inspect_model", "lint", "lowered", "numbers", "oracle",
+        "reduce", "rotation", "simulate", "store", "verification", "verify", "with_adapter",
     },
     {
         "compare", "explore",
@@ -45,10 +46,13 @@ ONLY_IN = {
     "onnxruntime": {"oracle"},
     "onnx_ir": {
         "ingest", "ir", "passes", "distill", "targets", "lowered", "compile", "simulate", "verify",
-        "against_source",
-        "inspect_model", "lint",
+        "adapt", "against_experts", "against_source", "calibration", "distillation", "distilled",
+        "evaluation", "inspect_model", "lint", "numbers", "rotation",
     },
-    "torch": {"distill", "targets", "simulate", "against_source"},
+    "torch": {
+        "distill", "targets", "simulate", "against_experts", "against_source", "calibration",
+        "distillation", "distilled",
+    },
 }
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "scipy", "pyarrow")
 

@@ -21,10 +21,14 @@ from pfmc.errors import PfmcError, did_you_mean
 
 VERBS = {
     "compile": "Compile a model to hardware.",
+    "distill": "Distil a model for a target's number formats and noise.",
+    "adapt": "Put another adapter beside an artifact's fixed layers.",
+    "calibrate": "Correct one die by a digital path beside its fixed layers.",
     "compare": "Compare the cost of artifacts, or of one model on several targets.",
     "inspect": "Look into a model, an artifact, a layer or one tile.",
     "run": "Run an artifact's simulated hardware: stream text, or feed it a file.",
     "verify": "Measure an artifact against ONNX Runtime on the untouched input file.",
+    "eval": "Measure an artifact on a task, with intervals over documents and over dies.",
     "check": "Hash every file of an artifact.",
     "targets": "List the technologies, or show one with its sources.",
     "passes": "List the recipes and passes, or explain what each pass does to a model.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +16,7 @@ from pfmc.errors import UsageError
 from pfmc.report.format import triple
 
 if TYPE_CHECKING:
-    from pfmc.compile import Compilation
+    from pfmc.compile import Compilation, Options
 
 _SHOWN = (
     "energy__token", "latency__token", "throughput__user", "throughput__aggregate",
@@ -38,6 +40,8 @@ def compile_(
     trust_root: Path | None = None,
     adapter: Path | None = None,
     merge_adapter: bool = False,
+    distilled: Path | None = None,
+    distill: str | None = None,
     dump_ir: Path | None = None,
     stop_after: Literal["ingest", "canonical", "quantised", "lowered"] | None = None,
     timing: bool = False,
@@ -79,6 +83,10 @@ def compile_(
         Folder of a LoRA adapter (PEFT's format) to keep beside the fixed weights, writable.
     merge_adapter
         Fix the adapter too: add it to the weights instead.
+    distilled
+        Folder that `pfmc distill` wrote for the same model, target and recipe: take its layers.
+    distill
+        Distil first: CPU seconds as 300s, or steps as 2000; resumes if interrupted.
     dump_ir
         Folder for the graph after every pass.
     stop_after
@@ -102,12 +110,39 @@ def compile_(
         target=target, recipe=recipe, settings=set_, seed=seed, jobs=jobs, context=context,
         text=text, inputs=input, tokenizer=tokenizer, trust_root=trust_root, dump_ir=dump_ir,
         stop_after=stop_after, adapter=adapter, merge=merge_adapter, force=force,
+        distilled=distilled,
     )  # fmt: skip
     progress = Progress(quiet=quiet or json)
+    if distill is not None:
+        options = _distil_first(model, out, options, distill, progress)
     done = compile_model(model, out, options=options, progress=progress)
     progress.done()
     _show(done, json, timing)
     return 0
+
+
+def _distil_first(
+    model: Path, out: Path | None, options: Options, amount: str, progress: Progress
+) -> Options:
+    """`options` with a fresh distillation's folder, which lies beside the artifact."""
+    from pfmc.distillation import Choices, distil_model
+
+    if options.distilled is not None:
+        raise UsageError("give either --distill or --distilled")
+    number = amount.removesuffix("s")
+    try:
+        value = float(number)
+    except ValueError as error:
+        raise UsageError(
+            f"cannot read {amount!r}", where="--distill", mend="e.g. 300s, or 2000 for steps"
+        ) from error
+    seconds = amount != number
+    if not value > 0 or (not seconds and value != int(value)):
+        raise UsageError(f"{amount} is no amount of training", where="--distill", mend="e.g. 300s")
+    choices = Choices(None if seconds else int(value), value if seconds else None)
+    place = None if out is None else out.with_suffix(".distilled")
+    done = distil_model(model, place, options=options, choices=choices, progress=progress)
+    return replace(options, distilled=done.path)
 
 
 def _use_shipped() -> str:
@@ -137,8 +172,22 @@ def _summary(done: Compilation) -> list[str]:
         f"workload: {report['cost']['workload']}",
     ]
     lines += [f"  {k:<24}{triple(metrics[k])}" for k in _SHOWN if k in metrics]
+    lines += _rounding(report.get("rounding", {}))
     if done.resumed:
         lines.append(f"resumed: {done.resumed} layers were ready from an earlier run")
     lines.append(f"written: {done.path}")
     lines.append(f"next:    pfmc verify {done.path}")
+    return lines
+
+
+def _rounding(facts: Mapping[str, Any]) -> list[str]:
+    """How the layers were rounded, and what each search got wrong of their outputs' power."""
+    if not facts:
+        return []
+    choices = ", ".join(f"{n} {name}" for name, n in facts["choices"].items())
+    lines = [f"  {'weight bits':<24}{facts['weight_bits_mean']:.3g} a weight; layers by {choices}"]
+    means = facts["errors_geometric_mean"]
+    if means:
+        errors = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in means.items())
+        lines.append(f"  {'layer errors':<24}{errors} (relative, geometric mean)")
     return lines

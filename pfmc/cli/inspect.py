@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from pfmc.cli.options import Json, Positive
-from pfmc.cli.output import print_json
+from pfmc.cli.output import Progress, print_json
 from pfmc.errors import InputError, UsageError
 from pfmc.report.format import digits, prefixed
 from pfmc.report.table import Table
@@ -27,6 +27,7 @@ def inspect_(
     tile: str | None = None,
     depth: Positive | None = None,
     lint: bool = False,
+    recipe: str | None = None,
     trust_root: Path | None = None,
     json: Json = False,
     csv: Annotated[bool, Parameter(name="--csv")] = False,
@@ -51,6 +52,8 @@ def inspect_(
         Levels of the tree; for --dot, of the modules drawn (2 by default).
     lint
         Say everything that is wrong with a model file or worth knowing; exit code 3 on errors.
+    recipe
+        With --lint: whose passes are tried, a name or a TOML file; stream by default.
     trust_root
         Folder within which external data may be reached through links.
     json
@@ -62,8 +65,10 @@ def inspect_(
     """
     if sum(x is not None for x in (layer, op, tile)) + dot + lint > 1:
         raise UsageError("choose one of --layer, --op, --tile, --dot and --lint")
+    if recipe is not None and not lint:
+        raise UsageError("--recipe says whose passes --lint tries", where="--recipe")
     if lint:
-        return _lint(path, trust_root, json)
+        return _lint(path, trust_root, recipe or "stream", json)
     from pfmc.inspect_model import look
 
     view = look(path, trust_root)
@@ -82,10 +87,14 @@ def inspect_(
     return 0
 
 
-def _lint(path: Path, trust_root: Path | None, json: bool) -> int:
+def _lint(path: Path, trust_root: Path | None, recipe: str, json: bool) -> int:
     from pfmc.lint import lint
 
-    found = lint(path, trust_root=trust_root)
+    progress = Progress(quiet=json)
+    try:
+        found = lint(path, trust_root=trust_root, recipe=recipe, progress=progress)
+    finally:
+        progress.done()
     if json:
         print_json(found.to_json())
     else:
@@ -100,13 +109,18 @@ def _show_layers(view: View, pattern: str, json: bool, csv: bool) -> None:
     if json:
         print_json({"schema_version": 1, "rows": [vars(r) for r in found]})
         return
-    facts = sorted({k for r in found for k in (*r.counts, *r.diagnostics)} - {"tiles"})
+    told = {"tiles", "bits", "inputs", "outputs", "format"}  # columns of their own
+    facts = sorted({k for r in found for k in (*r.counts, *r.diagnostics)} - told)
+    routed = any(r.activity != 1.0 for r in found)  # the share of the tokens that use a layer
     rows = [
-        (r.name, str(r.inputs), str(r.outputs), str(r.bits), str(r.tiles), " ".join(r.sources),
+        (r.name, str(r.inputs), str(r.outputs), str(r.bits), r.format, r.choice, str(r.tiles),
+         " ".join(r.sources),
+         *([f"{r.activity:.3g}"] if routed else []),
          *(digits({**r.counts, **r.diagnostics}.get(f, 0.0)) for f in facts))
         for r in found
     ]  # fmt: skip
-    headings = ("layer", "inputs", "outputs", "bits", "tiles", "sources", *facts)
+    headings = ("layer", "inputs", "outputs", "bits", "format", "rounded by", "tiles", "sources",
+                *(["activity"] if routed else []), *facts)  # fmt: skip
     if csv:
         print(Table(headings, tuple(rows)).csv(), end="")
     elif len(rows) == 1:  # one layer reads better standing up

@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 
 def print_json(body: Mapping[str, object] | list[object]) -> None:
@@ -56,3 +57,13 @@ class Progress:
         """Clears the line."""
         sys.stderr.write(self._clear)
         sys.stderr.flush()
+
+
+def warn_of_die(path: Path, dies: Iterable[int | None], age_s: float, quiet: bool) -> None:
+    """One line on stderr if the artifact was calibrated for another die or age than these."""
+    from pfmc.artifact import read_manifest
+    from pfmc.calibration.notice import warning
+
+    found = None if quiet else warning(read_manifest(path)["config"], dies, age_s)
+    if found is not None:
+        print(f"pfmc: {found}", file=sys.stderr)

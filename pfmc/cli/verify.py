@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pfmc.cli.options import Json, Level, NotNegative, Positive, Quiet
-from pfmc.cli.output import Progress, print_json
+from pfmc.cli.output import Progress, print_json, warn_of_die
 from pfmc.errors import VerificationError
 from pfmc.report.table import Table
 
@@ -78,6 +78,7 @@ def verify_(
         die=Die(None if ideal else die, 0.0, not ideal), progress=progress,
     )  # fmt: skip
     progress.done()
+    warn_of_die(path, [None if ideal else die], 0.0, quiet)
     if json:
         print_json(found.json())
     else:

@@ -41,6 +41,7 @@ IR_VERSION = 11
 
 KEY_SOURCE = "pfmc.src"  # ids of the source nodes this came from, space-separated: "n12 n13"
 KEY_SCOPE = "pfmc.scope"  # module scope, e.g. "model.layers.0.self_attn"
+SYNTHETIC = "pfmc/"  # begins the names of values that no source has
 KEY_VALUE = "pfmc.value"  # name, in the source file, of the value that a fixed linear produces
 KEY_WEIGHT = "pfmc.weight"  # original weight name(s) of an initialiser
 KEY_SHIFT = "pfmc.shift"  # on the node that says how far rows are from filling their memory

@@ -126,7 +126,7 @@ def _stack(shape: tuple[int, ...]) -> tuple[int, int] | None:
 def _inner(x: ir.Value, matrix: ir.Value, bias: ir.Value, found: Match) -> ir.Node:
     """A fixed linear that holds no whole value of the source file."""
     node = linear(x, matrix, bias, found.output, found.root)
-    del node.metadata_props[vocabulary.KEY_VALUE]
+    node.metadata_props.pop(vocabulary.KEY_VALUE, None)
     return node
 
 

@@ -59,7 +59,7 @@ def _finish(
         bias = zeros(graph, str(output.name), length, kind_of(weight))
     node = linear(x, weight, bias, output, found.root)
     if SLICE in weight.meta:  # an expert: which rows reach it is decided at run time
-        del node.metadata_props[vocabulary.KEY_VALUE]
+        node.metadata_props.pop(vocabulary.KEY_VALUE, None)
     matcher.substitute(at, old, [node], output)
 
 
@@ -186,7 +186,7 @@ class Gemm(Rule):
         addend, beta = found.root.inputs[2], matcher.attribute(found.root, "beta", 1.0)
         nothing = zeros(graph, str(found.output.name), shape_of(weight)[1], kind_of(weight))
         node = linear(x, weight, nothing, found.output, found.root)
-        del node.metadata_props[vocabulary.KEY_VALUE]
+        node.metadata_props.pop(vocabulary.KEY_VALUE, None)
         scaled: list[ir.Node] = []
         if beta != 1.0:
             factor = np.asarray(beta, kind_of(weight).numpy())

@@ -17,7 +17,10 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pfmc import library, passes
+from pfmc.distill.course import Course
 from pfmc.errors import UsageError, did_you_mean
+from pfmc.formats import Name
+from pfmc.layer_rounding import Search
 from pfmc.passes.base import Pass
 
 SHELF = "passes"
@@ -48,7 +51,30 @@ class LayerRule(_Section):
 
     weight_bits: Bits | None = None
     granularity: Literal["channel", "tile"] | None = None
-    search: Literal["compensate", "clip", "plain"] | None = None
+    search: Search | None = None
+    format: Name | None = None
+    group: int | None = Field(None, ge=0)
+
+
+class Budget(_Section):
+    """How many bits each layer gets, chosen by what its rounding costs the model.
+
+    Attributes:
+        metric: what is limited: ``weight bits`` (stored bits a weight, the mean over all fixed
+            linears), ``area`` in mm2, ``energy`` in pJ a token or ``tiles``, the last three of
+            the fixed linears alone as the target prices them; ``none`` for no budget.
+        most: the limit.
+        least_bits, most_bits: widths that are tried.
+        sensitivity: ``kl``: each layer at each width alone is put into the float model, which runs
+            on calibration data (KL divergence of the tokens; of other models the relative square
+            error of the outputs); ``error``: the layer's own relative output error.
+    """
+
+    metric: Literal["none", "weight bits", "area", "energy", "tiles"] = "none"
+    most: float = Field(4.0, gt=0)
+    least_bits: int = Field(2, ge=2, le=8)
+    most_bits: int = Field(8, ge=2, le=8)
+    sensitivity: Literal["kl", "error"] = "kl"
 
 
 class Quantising(_Section):
@@ -57,21 +83,45 @@ class Quantising(_Section):
     Attributes:
         weight_bits: width of a weight code, 2 to 8, or ``target`` for the widest the target holds.
         granularity: inputs that share a weight scale: all (``channel``) or those of a tile.
+        group: inputs that share a weight scale, any number; 0 leaves it to `granularity`.
+        format: number format of the codes (`pfmc.formats`): ``int``; ``midrise``, which has no
+            zero but twice the levels at 2 bits; ``ternary``; ``mxint8``, ``mxfp4``, ``nvfp4``,
+            which fix bits and group.
         search: ``clip`` searches the best clipping, ``plain`` rounds by the largest weight,
             ``compensate`` starts from ``clip`` and lets later weights make up for the rounding of
-            earlier ones, which needs calibration (`pfmc.compensation`).
+            earlier ones, ``learned`` goes on from there by gradient on the output of each block.
+            The last two need calibration (`pfmc.compensation`, `pfmc.distill.learned`). A layer
+            keeps plain rounding where nothing wins on the calibration data.
+        prefix: what ``compensate`` takes for a layer's inputs: those of the ``float`` model, or
+            what the layers ``rounded`` before it give, whose errors it then makes up for too.
+            ``learned`` always takes the latter.
+        iterations: steps that ``learned`` takes for each block.
         inputs: ``static`` scales from calibration, ``token``: afresh for every position, or
             ``target``: ``token`` where the target can, else ``static``.
-        input_range: ``mse`` clips where the mean square error is least, ``peak`` never clips.
+        input_range: of static scales: ``mse`` clips where the mean square error is least, ``peak``
+            never clips, ``percentile`` clips what is above `percentile` of all inputs.
+        percentile: in percent.
+        scaling: whether factors of inputs are moved into what makes them (pass ``scale``), where
+            that lowers the calibrated loss.
+        kv_bits: width of a number in the KV memory, or ``target``.
         layers: glob over layer names -> what differs there; the last that fits wins.
+        budget: widths chosen under a limit, in place of `weight_bits`.
     """
 
     weight_bits: Bits = 4
     granularity: Literal["channel", "tile"] = "channel"
-    search: Literal["compensate", "clip", "plain"] = "clip"
+    group: int = Field(0, ge=0)
+    format: Name = "int"
+    search: Search = "clip"
+    prefix: Literal["float", "rounded"] = "float"
+    iterations: int = Field(200, ge=1)
     inputs: Literal["static", "token", "target"] = "static"
-    input_range: Literal["mse", "peak"] = "mse"
+    input_range: Literal["mse", "peak", "percentile"] = "mse"
+    percentile: float = Field(99.99, gt=0, le=100)
+    scaling: bool = False
+    kv_bits: Bits = "target"
     layers: dict[str, LayerRule] = Field(default_factory=dict)
+    budget: Budget = Field(default_factory=lambda: Budget.model_validate({}))
 
 
 class Thresholds(_Section):
@@ -97,6 +147,61 @@ class Thresholds(_Section):
     length: int = Field(128, ge=2)
 
 
+class Distilling(_Section):
+    """How `pfmc distill` trains: see docs/distill.md and `pfmc.distill.course.Course`.
+
+    Attributes:
+        seconds: CPU seconds to spend; turned into steps by timing a few.
+        steps: steps instead; the same number gives the same bytes.
+        batch: samples a step; micro: of them at a time.
+        sequences: samples made up without data; length: positions of each.
+        held_out: samples kept for judging.
+        lr: learning rate of weights. scale_lr: of scales, input steps and converter ranges, as a
+            relative change. fabric_lr: of biases, norms and embedding tables.
+        warmup: share of the steps in which rates rise. decay: how they fall to 0.
+        gradient_norm: gradients are clipped to it; 0 never.
+        clip_sigmas: weights are clipped to so many deviations of their tile's column; 0 never.
+        hidden: weight of the errors of inner layers beside the loss.
+        converters_from: share of the steps after which output converters are emulated.
+        noise: whether noise is drawn in training. dies: fixed dies that judge. die_steps: steps on
+            one die. age_s: age of the dies.
+        norms, tables, inputs: whether gains of norms, embedding tables, input steps learn.
+        judge_every: steps between judgements. patience: judgements without progress that end it.
+        precision: ``fp32`` or ``bf16``.
+    """
+
+    seconds: float = Field(300.0, gt=0)
+    steps: int | None = Field(None, ge=1)
+    batch: int = Field(16, ge=1)
+    micro: int = Field(16, ge=1)
+    sequences: int = Field(4096, ge=1)
+    length: int = Field(128, ge=2)
+    held_out: int = Field(32, ge=1)
+    lr: float = Field(1e-3, ge=0)
+    scale_lr: float = Field(1e-3, ge=0)
+    fabric_lr: float = Field(1e-3, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    decay: Literal["cosine", "linear"] = "cosine"
+    gradient_norm: float = Field(1.0, ge=0)
+    clip_sigmas: float = Field(0.0, ge=0)
+    hidden: float = Field(0.0, ge=0)
+    converters_from: float = Field(0.8, ge=0, le=1)
+    noise: bool = True
+    dies: int = Field(2, ge=1)
+    die_steps: int = Field(1, ge=1)
+    age_s: float = Field(0.0, ge=0)
+    norms: bool = True
+    tables: bool = True
+    inputs: bool = True
+    judge_every: int = Field(100, ge=1)
+    patience: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def course(self, seed: int) -> Course:
+        """The options of the training."""
+        return Course(**self.model_dump(), seed=seed)
+
+
 class Working(_Section):
     """What the cost report assumes: positions of context."""
 
@@ -110,7 +215,7 @@ class Recipe:
     Attributes:
         name: its name on the shelf, or the stem of its file; title: one line.
         passes: the canonicalising passes in order, with their options.
-        calibration, quantise, verify, workload: the sections of the same names.
+        calibration, quantise, distill, verify, workload: the sections of the same names.
     """
 
     name: str
@@ -118,6 +223,7 @@ class Recipe:
     passes: tuple[Pass, ...]
     calibration: Calibration
     quantise: Quantising
+    distill: Distilling
     verify: Thresholds
     workload: Working
 
@@ -140,6 +246,7 @@ class Recipe:
 _SECTIONS: dict[str, type[_Section]] = {
     "calibration": Calibration,
     "quantise": Quantising,
+    "distill": Distilling,
     "verify": Thresholds,
     "workload": Working,
 }
@@ -217,9 +324,7 @@ def _make_pass(entry: Mapping[str, Any], where: str) -> Pass:
 # -- settings ------------------------------------------------------------------------------------
 
 
-def _set(
-    setting: str, entries: list[dict[str, Any]], sections: dict[str, dict[str, Any]]
-) -> None:
+def _set(setting: str, entries: list[dict[str, Any]], sections: dict[str, dict[str, Any]]) -> None:
     key, equals, text = setting.partition("=")
     owner, dot, option = key.strip().partition(".")
     if not equals or not dot or not option:
@@ -249,6 +354,9 @@ def _set_in(section: dict[str, Any], option: str, value: object) -> None:
     if not dot:
         section[option] = value
         return
+    if first == "budget":
+        section[first] = {**dict(section.get(first, {})), rest: value}
+        return
     glob, _, last = rest.rpartition(".")
     table = section[first] = dict(section.get(first, {}))
     table[glob] = {**table.get(glob, {}), last: value}
@@ -266,7 +374,10 @@ def _explained(key: str, error: ValidationError, where: str) -> UsageError:
     first, *others = error.errors()
     path = [str(part) for part in first["loc"]]
     owner = LayerRule if path[0] == "layers" and len(path) > 2 else _SECTIONS[key]
-    keys = path[: 3 if owner is LayerRule else 2 if path[0] == "layers" else 1]
+    if path[0] == "budget" and len(path) > 1:
+        owner = Budget
+    deep = owner is Budget or path[0] == "layers"
+    keys = path[: 3 if owner is LayerRule else 2 if deep else 1]
     place = f"{where}: [{key}] {'.'.join(keys)}"
     if first["type"] == "extra_forbidden":
         return UsageError(

@@ -102,7 +102,8 @@ def bias_vector(graph: ir.Graph, value: ir.Value, length: int) -> ir.Value | Non
 def linear(x: ir.Value, weight: ir.Value, bias: ir.Value, source: ir.Value, at: ir.Node) -> ir.Node:
     """A fixed linear whose output equals the value called `source` in the source file."""
     node = matcher.fresh(vocabulary.FIXED_LINEAR, [x, weight, bias], domain=vocabulary.DOMAIN)
-    node.metadata_props[vocabulary.KEY_VALUE] = str(source.name)
+    if not str(source.name).startswith(vocabulary.SYNTHETIC):
+        node.metadata_props[vocabulary.KEY_VALUE] = str(source.name)
     if scope := provenance.scope(at):
         node.metadata_props[vocabulary.KEY_SCOPE] = scope
     return node

@@ -32,11 +32,25 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "models one": (("bard",), ("architecture", "files")),
     "reduce": (("MODEL", "--check", "false", "-o", "SMALL"), ("sha256", "nodes", "checks")),
     "doctor": ((), ("facts", "missing")),
+    "eval": (("ROM", "--documents", "2", "--length", "8"), ("figures", "dies")),
+    "distill": (
+        ("MODEL", "-t", "rom", "--recipe", "stream", "--steps", "1", "-o", "FOLDER",
+         "--set", "distill.sequences=48", "--set", "distill.length=16"),
+        ("kept", "steps"),
+    ),
 }
 
 
+ELSEWHERE = {"adapt": "test_adapters", "calibrate": "test_calibrate_die"}
+"""Verbs whose arguments are long in the making, and the file that tests their JSON."""
+
+
 def test_every_verb_is_among_the_cases() -> None:
-    assert {name.split()[0] for name in CASES} == set(cli.VERBS)
+    assert {name.split()[0] for name in CASES} | set(ELSEWHERE) == set(cli.VERBS)
+    for verb, file in ELSEWHERE.items():
+        text = (Path(__file__).parents[1] / f"{file}.py").read_text(encoding="utf-8")
+        assert f'"{verb}"' in text
+        assert '"--json"' in text
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -47,6 +61,7 @@ def test_json(
     places = {
         "MODEL": tiny, "OUT": tmp_path / "out.pfm", "ROM": artifacts["rom"],
         "CROSSBAR": artifacts["crossbar"], "SMALL": tmp_path / "small.onnx",
+        "FOLDER": tmp_path / "made.distilled",
     }  # fmt: skip
     given = [places.get(word, word) for word in words]
     body = here(name.split()[0], *given, "--json").json()

@@ -90,7 +90,7 @@ def _like(xp: Arrays, bound: Array, x: Array) -> Array:
     return xp.full((), bound, x.dtype, x) if isinstance(bound, float) else bound
 
 
-_NARROW = re.compile(r"float[468]|int[24]$")  # conversions that saturate in ways of their own
+_NARROW = re.compile(r"float[468](?!\d)|int[24]$")  # conversions that saturate in ways of their own
 
 
 def _cast(node: ir.Node, xp: Arrays) -> Run:
