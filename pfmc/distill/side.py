@@ -106,7 +106,7 @@ def gain_of(plant: Plant, moments: Moments, path: Array | None = None) -> Array:
     power = np.einsum("io,io->o", plant.matrix, spread)
     shared = np.einsum("io,io->o", want, spread)
     small = 1e-12 * max(float(power.max(initial=0.0)), 1e-300)
-    gain: npt.NDArray[np.float64] = np.divide(shared, power, out=np.ones_like(power), where=power > small)
+    gain: Array = np.divide(shared, power, out=np.ones_like(power), where=power > small)
     return gain
 
 
