@@ -15,7 +15,9 @@ from pfmc.ingest.tensors import DTYPES
 
 TOO_LONG = "Its shapes cannot be inferred: a vector of integers is far too long for a shape"
 _LONGEST, _TO_THE_END = 1 << 20, ((1 << 31) - 1, 1 << 31)
-_INTEGERS = {onnx.TensorProto.INT64: np.dtype("<i8"), onnx.TensorProto.INT32: np.dtype("<i4")}
+_INTEGERS: dict[int, np.dtype[np.signedinteger]] = {
+    onnx.TensorProto.INT64: np.dtype("<i8"), onnx.TensorProto.INT32: np.dtype("<i4"),
+}  # fmt: skip
 _SMALL_BYTES = 1 << 12  # constants up to here take part (axes, target shapes); larger only by shape
 _INVENTED_DIM = re.compile(r"^unk__\d+$")
 
