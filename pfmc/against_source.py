@@ -9,7 +9,6 @@ top-1 agreement, everything else by cosine and rank correlation, and each fixed 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,10 @@ import onnx_ir as ir
 
 from pfmc import ingest
 from pfmc.against_experts import expert_rows
+from pfmc.artifact import sha256_file
 from pfmc.distill import calibrate, drive, measure
 from pfmc.distill.drive import Drive
-from pfmc.distill.feeds import batches_of_file
+from pfmc.distill.feeds import batches_of_file, mask_of
 from pfmc.distill.generate import Decoder
 from pfmc.distill.reference import Reference
 from pfmc.distill.student import Student
@@ -65,17 +65,12 @@ def find_source(machine: Machine, given: Path | None) -> Path:
     if path.name == CHECKPOINT:
         proved = {path.parent / name: (digest,) for name, digest in wanted.items()}
     for file, digests in proved.items():
-        if not file.is_file() or _sha256(file) not in digests:
+        if not file.is_file() or sha256_file(file) not in digests:
             raise UsageError(
                 "this is not the file the artifact was compiled from", where=str(file),
                 mend="give the right one with --model",
             )  # fmt: skip
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def judge_of(source: Path) -> str:
@@ -255,7 +250,7 @@ def _real_positions(feeds: Mapping[str, Array]) -> Array | None:
 
     Nobody reads a position that is wholly hidden, and what stands there is not defined.
     """
-    mask = next((v for k, v in feeds.items() if "mask" in k and v.ndim == 2), None)
+    mask = mask_of(feeds)
     return None if mask is None or mask.all() else np.asarray(mask != 0).reshape(-1)
 
 
@@ -369,7 +364,7 @@ class _Pair:
 
     def add(self, truth: Array, ours: Array, feeds: Mapping[str, Array]) -> None:
         """Adds outputs ``[B, …, D]`` of both; masked positions are left out."""
-        mask = next((v for k, v in feeds.items() if "mask" in k and v.ndim == 2), None)
+        mask = mask_of(feeds)
         for i in range(len(truth)):
             a, b = truth[i].reshape(-1, truth.shape[-1]), ours[i].reshape(-1, ours.shape[-1])
             if mask is not None and len(a) == mask.shape[1]:

@@ -51,6 +51,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def sha256_given(path: Path) -> str:
+    """`sha256_file` of a file that the user named; refuses one that is not there (UsageError)."""
+    if not path.is_file():
+        raise UsageError("there is no such file", where=str(path))
+    return sha256_file(path)
+
+
 @contextlib.contextmanager
 def _io(path: Path) -> Iterator[None]:
     try:

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 import pfmc
 from pfmc import distilled, ingest, lowered, numbers, rotation, store, technology
-from pfmc.artifact import FileEntry, Manifest, Writer, canonical_json
+from pfmc.artifact import FileEntry, Manifest, Writer, canonical_json, sha256_given
 from pfmc.distill.shapes import probe_shapes
 from pfmc.errors import UsageError, did_you_mean
 from pfmc.hardware import FabricOp, LayerStatistics, Limits
@@ -272,11 +272,7 @@ def _longest(folder: Path) -> int:
 
 
 def _digest(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    if not path.is_file():
-        raise UsageError("there is no such file", where=str(path))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return None if path is None else sha256_given(path)
 
 
 @contextmanager

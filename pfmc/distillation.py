@@ -24,7 +24,7 @@ import torch
 
 import pfmc
 from pfmc import distilled
-from pfmc.artifact import canonical_json, sha256_file
+from pfmc.artifact import canonical_json, sha256_given
 from pfmc.compile import Options, Prepared, prepare
 from pfmc.distill import checkpoint
 from pfmc.distill.batching import batch_of, freed
@@ -170,7 +170,7 @@ class Run:
         return {
             "pfmc": pfmc.__version__, "origin": self.prepared.origin,
             "course": asdict(self.asked), "rule": self._told(),
-            "data": {k: None if p is None else _digest(p) for k, p in held.items()},
+            "data": {k: None if p is None else sha256_given(p) for k, p in held.items()},
         }  # fmt: skip
 
     @property
@@ -352,12 +352,6 @@ class Run:
 def _weight(module: torch.nn.Module) -> torch.Tensor:
     assert isinstance(module, IdealLinear)
     return module.weight
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise UsageError("there is no such file", where=str(path))
-    return sha256_file(path)
 
 
 def _history(rows: list[Figures]) -> str:

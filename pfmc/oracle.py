@@ -21,9 +21,6 @@ from pfmc.child import Child
 
 Array = npt.NDArray[np.generic]
 
-SWITCH = "use_cache_branch"
-"""Input of a merged decoder; true for the branch with memory (`pfmc.ingest.branches`)."""
-
 
 @dataclass(frozen=True)
 class Signature:
@@ -69,6 +66,8 @@ class Oracle:
 
         A merged decoder's switch, if it is not given, chooses the branch with memory.
         """
+        from pfmc.ingest.branches import SWITCH  # here: the child needs no onnx
+
         switches = {n: d for n, kind, d in self.signature.inputs if kind == "tensor(bool)"}
         if SWITCH in switches and SWITCH not in feeds:
             shape = [d if isinstance(d, int) else 1 for d in switches[SWITCH]]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pfmc.artifact import sha256_file
 from pfmc.errors import UsageError
 from pfmc.ingest.adapters import load_adapter
 from pfmc.ingest.merged import Change, write_merged
@@ -62,17 +62,12 @@ def find_adapter(machine: Machine, given: Path | None) -> Path:
             "the adapter is not where it was", where=str(path or ""), mend="give it with --adapter"
         )
     for name, digest in wanted.items():
-        if not (path / name).is_file() or _sha256(path / name) != digest:
+        if not (path / name).is_file() or sha256_file(path / name) != digest:
             raise UsageError(
                 "this is not the adapter the artifact was compiled with", where=str(path / name),
                 mend="give the right one with --adapter",
             )  # fmt: skip
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _changes(machine: Machine, folder: Path) -> Iterator[Change]:

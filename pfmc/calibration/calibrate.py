@@ -19,7 +19,7 @@ import torch
 
 import pfmc
 from pfmc import simulate
-from pfmc.artifact import Writer, canonical_json, sha256_file
+from pfmc.artifact import Writer, canonical_json, sha256_given
 from pfmc.calibration import notice, writing
 from pfmc.calibration.choices import Calibration, Choices
 from pfmc.calibration.die import Bench, Data, require_noisy
@@ -80,16 +80,10 @@ def _config(machine: Machine, choices: Choices, data: Data) -> tuple[dict[str, A
         "die": choices.die, "age_s": choices.age_s, "share": choices.share, "rank": choices.rank,
         "only_gain": choices.only_gain, "course": asdict(choices.course),
         "of": machine.manifest.tree, "pfmc": pfmc.__version__,
-        "data": {k: None if p is None else _digest(p) for k, p in files.items()},
+        "data": {k: None if p is None else sha256_given(p) for k, p in files.items()},
     }  # fmt: skip
     config = {**machine.manifest["config"], notice.KEY: asked}
     return config, hashlib.sha256(canonical_json(config)).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise UsageError("there is no such file", where=str(path))
-    return sha256_file(path)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from pfmc.distill.feeds import (
     batches,
     batches_of_file,
     is_ids,
+    mask_of,
     text_feeds,
 )
 from pfmc.distill.generate import Decoder
@@ -248,7 +249,7 @@ def calibrate(
 
 def real_rows(feeds: Mapping[str, Array]) -> Tensor | None:
     """Where a batch's mask ``[B, S]`` says that there are tokens."""
-    mask = next((v for k, v in feeds.items() if "mask" in k and v.ndim == 2), None)
+    mask = mask_of(feeds)
     return None if mask is None else torch.from_numpy(mask != 0)
 
 

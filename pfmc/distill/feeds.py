@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,11 @@ def batches_of_file(model: ir.Model, path: Path, count: int) -> Iterator[Feeds]:
         rows = len(next(iter(part.values())))
         empty = {n: _empty(v, rows) for n, v in values.items() if n not in part}
         yield {**part, **empty}
+
+
+def mask_of(feeds: Mapping[str, Array]) -> Array | None:
+    """The mask ``[B, S]`` among graph inputs that says where there are tokens, or None."""
+    return next((v for k, v in feeds.items() if "mask" in k and v.ndim == 2), None)
 
 
 def labels_of_file(path: Path) -> npt.NDArray[np.int64] | None:

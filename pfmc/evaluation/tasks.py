@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pfmc.against_source import cosine, machine_feeds, token_scores
 from pfmc.distill.drive import Drive
+from pfmc.distill.feeds import mask_of
 from pfmc.distill.measure import Comparison, log_softmax
 from pfmc.distill.text import Tokenizer
 from pfmc.errors import InputError, UsageError
@@ -195,7 +196,7 @@ class Embedding:
         return {"cosine": cosine(ours, self.truth), "similarity": _similar(ours)}
 
     def _embed(self, run: Any) -> Array:
-        parts = [pooled(run(feeds)[self.output], _mask(feeds)) for feeds in self.batches]
+        parts = [pooled(run(feeds)[self.output], mask_of(feeds)) for feeds in self.batches]
         return np.asarray(np.concatenate(parts)[self.back])
 
     def figures(self, per_die: Sequence[Measured]) -> list[Figure]:
@@ -215,10 +216,6 @@ class Embedding:
 
 def _similar(embedded: Array) -> Array:
     return cosine(embedded[0::2], embedded[1::2])
-
-
-def _mask(feeds: Mapping[str, Array]) -> Array | None:
-    return next((v for k, v in feeds.items() if "mask" in k), None)
 
 
 def _padded(lines: Sequence[Sequence[int]], inputs: Sequence[str]) -> dict[str, Array]:

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pfmc.errors import InputError
 from pfmc.ingest import load
-from pfmc.oracle import SWITCH, Oracle
+from pfmc.ingest.branches import SWITCH
+from pfmc.oracle import Oracle
 
 FLOAT = TensorProto.FLOAT
 

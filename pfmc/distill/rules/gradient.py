@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,6 +70,15 @@ class NoiseAware(Rule):
         return {"model": 2 * self.draws}
 
 
+def _through(
+    problem: Problem, feeds: Feeds, pair: Callable[[nn.Module, nn.Module], nn.Module]
+) -> Gradient:
+    """dL/dtheta of the device whose every layer is a `pair` of itself and its model."""
+    device, layers = problem.measured(), problem.model.linears
+    with standing(device, lambda name, layer: pair(layer, layers[name])):
+        return differentiate(problem, problem.loss(device(**feeds), feeds))
+
+
 class _Measured(nn.Module):
     """Measured value forwards, the model's derivatives at the measured input backwards."""
 
@@ -96,9 +105,7 @@ class PhysicsAware(Rule):
 
     def gradient(self, problem: Problem, feeds: Feeds, seed: int = 0) -> Gradient:
         """One measured forward pass, one modelled backward pass."""
-        device, layers = problem.measured(), problem.model.linears
-        with standing(device, lambda name, layer: _Measured(layer, layers[name])):
-            return differentiate(problem, problem.loss(device(**feeds), feeds))
+        return _through(problem, feeds, _Measured)
 
     def runs(self) -> Mapping[str, int]:
         """One measured pass; the model once forwards and once backwards."""
@@ -135,9 +142,7 @@ class Reciprocal(Rule):
 
     def gradient(self, problem: Problem, feeds: Feeds, seed: int = 0) -> Gradient:
         """One pass forwards and one backwards through the device."""
-        device, layers = problem.measured(), problem.model.linears
-        with standing(device, lambda name, layer: _Reversible(layer, layers[name])):
-            return differentiate(problem, problem.loss(device(**feeds), feeds))
+        return _through(problem, feeds, _Reversible)
 
     def runs(self) -> Mapping[str, int]:
         """One pass each way."""
