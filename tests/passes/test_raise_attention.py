@@ -297,6 +297,37 @@ def test_joined_keys_that_others_read_stay_in_order(lab: Any, floats: Floats) ->
     lab.same(before, PASSES, feeds)
 
 
+SHARED_HEADS = (
+    "jk = Concat<axis=2>(pk, k) jv = Concat<axis=2>(pv, v) u = Unsqueeze(jk, ax2) {more}"
+    " e = Expand(u, to) kk = Reshape(e, flat) u2 = Unsqueeze(jv, ax2) e2 = Expand(u2, to)"
+    " vv = Reshape(e2, flat) kt = Transpose<perm=[0,1,3,2]>(kk) s = MatMul(qq, kt)"
+    " w = Softmax<axis=-1>(s) y = MatMul(w, vv)"
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "extra"),
+    [("aside = Neg(u) qq = Relu(q)", ", float[B,2,1,T,8] aside"),
+     ("m = ReduceMax<keepdims=0, noop_with_empty_axes=0>(u) qq = Add(q, m)", "")],
+    ids=["beside", "on the way"],
+)  # fmt: skip
+def test_joined_keys_of_shared_heads_that_others_read(
+    more: str, extra: str, lab: Any, floats: Floats
+) -> None:
+    """Found by the fuzzer: the widening of the keys lives on, before the attention or into it."""
+    inputs = (
+        "float[B,4,S,8] q, float[B,2,S,8] k, float[B,2,S,8] v, float[B,2,P,8] pk, float[B,2,P,8] pv"
+    )
+    outputs = f"float[B,4,S,8] y, float[B,2,T,8] jk, float[B,2,T,8] jv{extra}"
+    model = _model(lab, SHARED_HEADS.format(more=more), inputs, outputs,
+                   to=np.array([1, 1, 2, 1, 1], np.int64),
+                   flat=np.array([0, 4, -1, 8], np.int64))  # fmt: skip
+    feeds = _feeds(floats, length=2, groups=2)
+    feeds |= {"pk": floats(2, 2, 3, 8), "pv": floats(2, 2, 3, 8)}
+    lab.same(model, PASSES, feeds)
+    assert lab.counts(model)["Attention"] == (1 if extra else 0), "into itself: left in pieces"
+
+
 @pytest.mark.parametrize("form", ["Div(p, cap)", "Mul(p, inverse)"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_softcap(lab: Any, floats: Floats, form: str, masked: bool) -> None:
