@@ -107,6 +107,7 @@ def _run(arguments: list[str]) -> int:
     except CycloptsError as error:
         return _say(f"{error}\n  mend:  {_help_for(arguments)}", 2)
     except KeyboardInterrupt:
+        _forget_the_interrupt()
         return _say("stopped; run the same command again and it resumes", 130)
     except _Terminated:
         return _say("terminated; run the same command again and it resumes", 143)
@@ -118,6 +119,17 @@ def _run(arguments: list[str]) -> int:
         return _say("out of memory\n  mend:  use --recipe stream, or fewer --jobs", 74)
     except Exception as error:  # a bug of ours: no traceback on the screen, but a file that has it
         return _say(_report_bug(error, arguments), 1)
+
+
+def _forget_the_interrupt() -> None:
+    """Lets the process end with our exit code, wherever the interrupt was caught.
+
+    CPython notes an interrupt that leaves `exec` or `eval` of text (dataclasses are made so) as
+    unhandled, though it is handled further out, and ``python -m`` then kills itself with SIGINT
+    when it ends; the next evaluation of text takes the note back (`run_eval_code_obj` in
+    Python/pythonrun.c).
+    """
+    eval("0")
 
 
 def _help_for(arguments: list[str]) -> str:

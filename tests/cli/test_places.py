@@ -18,6 +18,8 @@ import pytest
 from pfmc import artifact
 from pfmc.artifact import MANIFEST, STAGE, Writer, read_manifest
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+
 QUICK = ("--target", "rom", "--recipe", "stream")
 
 
@@ -113,6 +115,17 @@ def test_a_signal_stops_it_and_it_resumes(
     assert not (out / MANIFEST).exists()
     assert not list(out.rglob("*.part"))
     assert torn(out) == read_manifest(artifacts["rom"]).tree
+
+
+def test_an_interrupt_within_text_that_is_evaluated(
+    pfmc: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It reaches a dataclass that is just being made, say; the exit code stays ours."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pfmc.cli\npfmc.cli._app = lambda _: exec('raise KeyboardInterrupt')\n"
+    )
+    ended = pfmc("check", tmp_path, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    ended.refused(130, "stopped")
 
 
 def test_a_kill_leaves_no_artifact(
