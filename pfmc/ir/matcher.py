@@ -24,6 +24,7 @@ from pfmc.ir.rewriting import add_array as add_array
 from pfmc.ir.rewriting import add_initialiser as add_initialiser
 from pfmc.ir.rewriting import fresh as fresh
 from pfmc.ir.rewriting import inherit as inherit
+from pfmc.ir.rewriting import make_way as make_way
 from pfmc.ir.rewriting import remove_dead as remove_dead
 from pfmc.ir.rewriting import substitute as substitute
 from pfmc.ir.rewriting import take_place as take_place

@@ -92,6 +92,21 @@ def unique_name(graph: ir.Graph, stem: str) -> str:
     return name
 
 
+def make_way(graph: ir.Graph, names: Iterable[str]) -> None:
+    """Renames the values of `graph` that bear one of `names`, which is about to be given away.
+
+    An input's or output's own name is kept in ``pfmc.value``.
+    """
+    wanted = set(names)
+    inner = (v for node in graph for v in node.outputs)
+    bearers = [
+        v for v in (*graph.inputs, *graph.initializers.values(), *inner) if v.name in wanted
+    ]
+    for value in bearers:
+        value.metadata_props.setdefault(vocabulary.KEY_VALUE, str(value.name))
+        value.name = unique_name(graph, f"{value.name}:renamed")
+
+
 def inherit(node: ir.Node, old: Sequence[ir.Node], root: ir.Node) -> None:
     """Gives `node` the sources of all `old` nodes, and the scope and other metadata of `root`."""
     for key, text in root.metadata_props.items():

@@ -13,7 +13,7 @@ from pfmc.ir import matcher, shapes, vocabulary
 from pfmc.ir.shapes import Shapes
 from pfmc.passes.base import Context, Declined, Pass, PassResult
 from pfmc.passes.full_memory import NOTE, assume_full
-from pfmc.passes.kv_names import Names, unpadded
+from pfmc.passes.kv_names import KINDS, Names, unpadded
 from pfmc.passes.masks import KEY_MASK, KEY_SINK, KEY_WINDOW, data_inputs
 from pfmc.passes.rules import where
 
@@ -117,6 +117,9 @@ class _Work:
         starts = list(self._positions(queries))
         if not starts and not self._has_position_input():
             raise _RefusedError("the positions are not found: neither counted nor an input")
+        stems = [f"{i}.{kind}" for i in range(len(self.attentions)) for kind in KINDS]
+        for role in ("past_key_values", "present"):
+            matcher.make_way(self.graph, (f"{role}.{stem}" for stem in stems))
         for i, node in enumerate(self.attentions):
             self._remember(i, node, queries)
         self._lengthen(padding, queries)
@@ -200,7 +203,7 @@ class _Work:
         past, present = [], []
         dims = self._known(node, 1)
         assert dims is not None
-        for kind, value in zip(("key", "value"), node.inputs[1:3], strict=True):
+        for kind, value in zip(KINDS, node.inputs[1:3], strict=True):
             assert value is not None
             value = unpadded(node, value)
             width = (self.shapes.shape(value) or dims)[3]

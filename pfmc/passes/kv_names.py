@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from pfmc.ir import matcher, vocabulary
+from pfmc.ir import matcher
 from pfmc.ir.shapes import Shapes
 from pfmc.passes.masks import KEY_SINK
 
@@ -95,9 +95,8 @@ class Names:
     def give(self) -> int:
         """Names pasts and presents; the old names go to ``pfmc.value``. Returns how many."""
         renamed = [(v, n) for v, n in self._pairs() if v.name != n]
-        for value, _ in renamed:
-            value.metadata_props.setdefault(vocabulary.KEY_VALUE, str(value.name))
-            value.name = matcher.unique_name(self.graph, f"{value.name}:renamed")
+        olds = [str(v.name) for v, _ in renamed]
+        matcher.make_way(self.graph, (*olds, *(n for _, n in renamed)))
         for value, name in renamed:
             value.name = name
         return len(renamed)
