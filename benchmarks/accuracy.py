@@ -198,24 +198,25 @@ def stsb_rows(folder: Path, pairs: int, model: Path | None) -> Iterator[Row]:
     from benchmarks import stsb
 
     path = model or stsb.export(folder / "minilm")
-    data = SHARED / "data" / "stsbenchmark"
-    calibration = stsb.calibration_file(path, data / "sts-train.csv", folder / "calibration.npz")
+    data, count = SHARED / "data" / "stsbenchmark", stsb.CALIBRATION_SENTENCES
+    calibration = stsb.sentences_file(
+        path, data / "sts-train.csv", folder / "calibration.npz", count
+    )
     task = stsb.task(path, data / "sts-test.csv", pairs)
     with Oracle(path) as oracle:
-        truth = stsb.embed(oracle.run, task)
-    yield {"target": "ONNX Runtime", "recipe": "", **stsb.judge(truth, truth, task)}
+        task.prepare(oracle)
+    yield {"target": "ONNX Runtime", "recipe": "", **stsb.judged(task, task.of_source())}
     for target, recipe in ROADS:
         out = folder / f"minilm-{target}-{recipe}.pfm"
         done = compile_model(
             path, out, target=target, recipe=recipe, inputs=calibration, force=True,
-            settings=(f"calibration.sequences={stsb.CALIBRATION_SENTENCES}",),
+            settings=(f"calibration.sequences={count}",),
         )  # fmt: skip
-        machine = simulate.open_machine(out, Die(0))
         row = {"target": target, "recipe": recipe, **costs(done)}
-        row |= stsb.judge(truth, stsb.embed(machine.run, task), task)
+        row |= stsb.judged(task, task.measure(simulate.open_machine(out, Die(0))))
         if target != "rom":
             ideal = simulate.open_machine(out, Die(None, 0.0, False))
-            row["ideal"] = stsb.judge(truth, stsb.embed(ideal.run, task), task)
+            row["ideal"] = stsb.judged(task, task.measure(ideal))
         say(f"MiniLM {target} {recipe}: {row['spearman']:.4f}, cosine {row['cosine']:.4f}")
         yield row
 

@@ -152,16 +152,15 @@ def figure(name: str, row: Row, folder: Path, seconds: float, dies: int) -> dict
     }  # fmt: skip
 
 
-def merge(new: dict[str, Any], out: Path) -> None:
-    """Puts a row into the CSV in the place of an older one of the same name."""
+def merge(new: dict[str, Any], out: Path, order: list[str]) -> None:
+    """Puts a row into the CSV, in the place of an older one of the same name."""
     rows = []
     if out.is_file():
         with out.open(newline="", encoding="utf-8") as file:
             rows = [r for r in csv.DictReader(file) if r["row"] != new["row"]]
-    order = list(ROWS)
     rows = sorted([*rows, new], key=lambda r: order.index(r["row"]) if r["row"] in order else 99)
     with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(new), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -182,7 +181,7 @@ def main() -> None:
     for name in given.rows or ROWS:
         print(name, flush=True)
         row = figure(name, ROWS[name], given.folder, given.seconds, given.dies)
-        merge(row, given.out)
+        merge(row, given.out, list(ROWS))
         print(row, flush=True)
 
 

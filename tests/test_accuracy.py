@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, results, stsb
+from benchmarks import accuracy, results
 from pfmc.distill.measure import token_losses
+from pfmc.evaluation.tasks import read_pairs
 from pfmc.targets.base import Die
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,45 +92,13 @@ def test_a_die_against_itself_and_a_hand_made_loss(
 # -- sentences -------------------------------------------------------------------------------------
 
 
-def small_task() -> stsb.Task:
-    """Two pairs in two batches, the second sentence of the first pair last."""
-    feeds = (
-        {"input_ids": np.array([[1, 0], [2, 3]]), "attention_mask": np.array([[1, 0], [1, 1]])},
-        {"input_ids": np.array([[4, 5]]), "attention_mask": np.array([[1, 1]])},
-        {"input_ids": np.array([[6, 7]]), "attention_mask": np.array([[1, 1]])},
-    )
-    return stsb.Task(feeds, np.array([0, 3, 2, 1]), np.array([1.0, 5.0]))
-
-
-def test_embeddings_are_means_of_real_tokens_in_the_sentences_order() -> None:
-    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        ids = feeds["input_ids"]
-        return {"y": np.stack([ids, ids**2, np.ones_like(ids)], axis=-1).astype(np.float32)}
-
-    found = stsb.embed(run, small_task())  # type: ignore[arg-type]
-    wanted = np.array([[1, 1, 1], [6.5, 42.5, 1], [4.5, 20.5, 1], [2.5, 6.5, 1]])
-    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    np.testing.assert_allclose(found, wanted, atol=1e-7)
-
-
-def test_judged_by_rank_and_by_cosine() -> None:
-    task = stsb.Task((), np.arange(6), np.array([0.0, 2.0, 5.0]))
-    angles = np.array([0.0, 1.5, 0.0, 0.7, 0.0, 0.1])
-    truth = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    found = stsb.judge(truth, truth, task)
-    assert found["spearman"] == pytest.approx(1.0)
-    assert found["cosine"] == pytest.approx(1.0)
-    turned = np.stack([np.cos(-angles), np.sin(-angles)], axis=1)
-    found = stsb.judge(truth, turned, task)  # similarities stay, vectors turn by twice the angle
-    assert found["spearman"] == pytest.approx(1.0)
-    assert found["cosine"] == pytest.approx(np.cos(2 * angles).mean())
-
-
 @pytest.mark.skipif(not STSB.is_dir(), reason="needs the STS benchmark in ../shared")
 def test_the_benchmark_is_read_whole() -> None:
     path = STSB / "sts-test.csv"
-    rows = stsb.rows_of(path)
-    assert len(rows) == len(path.read_text(encoding="utf-8").splitlines())  # quotes join no lines
-    assert all(0 <= score <= 5 and a and b for score, a, b in rows)
-    assert (2.8, "The curious boys look in the shed.",
-            "Two small boys in a woody area looking at a shed.") in rows  # fmt: skip
+    found = read_pairs(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(found.scores) == len(lines)  # quotes join no lines
+    assert all(0 <= score <= 5 for score in found.scores)
+    place = found.sentences.index("The curious boys look in the shed.")
+    assert found.sentences[place + 1] == "Two small boys in a woody area looking at a shed."
+    assert found.scores[place // 2] == 2.8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,13 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` lets the tokenizer add what it adds (BOS …)."""
         return list(self.inner.encode(text, add_special_tokens=special).ids)
+
+    def encode_lines(self, texts: Sequence[str], longest: int) -> list[list[int]]:
+        """Token ids of each text, cut so that what the tokenizer adds at the end stays."""
+        self.inner.enable_truncation(longest)
+        lines = [list(e.ids) for e in self.inner.encode_batch(list(texts))]
+        self.inner.no_truncation()
+        return lines
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -95,6 +102,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise FileError(f"cannot read {path.name}: {error.strerror}", where=str(path)) from error
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{path.name} is not a tokenizer: {error}", where=str(path)) from error
+    inner.no_padding()  # files of sentence encoders ask for both, and we cut and pad ourselves
+    inner.no_truncation()
     settings = _settings(path.parent)
     bos = settings.get("bos_token_id")
     eos = settings.get("eos_token_id")

@@ -177,11 +177,11 @@ class Embedding:
         output: str, identity: str,
     ) -> None:  # fmt: skip
         self.pairs, self.output, self.identity = pairs, output, identity
-        lines = [tokenizer.encode(s)[:longest] for s in pairs.sentences]
+        lines = tokenizer.encode_lines(pairs.sentences, longest)
         order = np.argsort([len(line) for line in lines], kind="stable")
         self.back = np.argsort(order)
         self.batches = [
-            _padded([lines[i] for i in order[start : start + BATCH]], inputs)
+            padded([lines[i] for i in order[start : start + BATCH]], inputs)
             for start in range(0, len(order), BATCH)
         ]
         self.truth = np.zeros(0)
@@ -190,9 +190,16 @@ class Embedding:
         """Keeps the source's embeddings."""
         self.truth = self._embed(source.run)
 
+    def of_source(self) -> Measured:
+        """What the source itself would get."""
+        return self._judged(self.truth)
+
     def measure(self, machine: Machine) -> Measured:
         """Cosine of each sentence's embedding to the source's; similarity of each pair."""
         ours = self._embed(lambda feeds: machine.run(machine_feeds(machine, None, feeds)))
+        return self._judged(ours)
+
+    def _judged(self, ours: Array) -> Measured:
         return {"cosine": cosine(ours, self.truth), "similarity": _similar(ours)}
 
     def _embed(self, run: Any) -> Array:
@@ -218,7 +225,12 @@ def _similar(embedded: Array) -> Array:
     return cosine(embedded[0::2], embedded[1::2])
 
 
-def _padded(lines: Sequence[Sequence[int]], inputs: Sequence[str]) -> dict[str, Array]:
+def padded(lines: Sequence[Sequence[int]], inputs: Sequence[str]) -> dict[str, Array]:
+    """Token lists as graph inputs, int64 ``[lines, longest]``: ids, mask and types by name.
+
+    Raises:
+        UsageError: an input is none of those.
+    """
     ids = np.zeros((len(lines), max(map(len, lines))), np.int64)
     mask = np.zeros_like(ids)
     for row, line in enumerate(lines):
