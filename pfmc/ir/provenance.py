@@ -176,11 +176,13 @@ def order(identifier: str) -> tuple[int, str]:
 def union_sources(new_node: ir.Node, old_nodes: Iterable[ir.Node]) -> ir.Node:
     """Gives `new_node` the ids of all `old_nodes` besides its own, and returns it.
 
-    Its scope, where it has none, becomes the longest scope common to the old nodes.
+    Its scope, where it has none, becomes the longest scope common to the old nodes. In a function,
+    whose nodes have no ids yet, it gets none: inlining gives it those of the call.
     """
     olds = list(old_nodes)
     ids = {i for node in (new_node, *olds) for i in sources(node)}
-    new_node.metadata_props[KEY_SOURCE] = " ".join(sorted(ids, key=order))
+    if ids:
+        new_node.metadata_props[KEY_SOURCE] = " ".join(sorted(ids, key=order))
     if not scope(new_node) and (shared := common_scope(*olds)):
         new_node.metadata_props[KEY_SCOPE] = shared
     return new_node

@@ -13,6 +13,7 @@ import pytest
 from pfmc.errors import InputError
 from pfmc.ingest import load
 from pfmc.ingest.opset import CHANGES
+from pfmc.ir import provenance
 from pfmc.ir.vocabulary import OPSET
 
 onnx = pytest.importorskip("onnx")
@@ -253,6 +254,22 @@ def test_functions_are_upgraded_from_their_own_opset(
     x = np.ones((2, 4), np.float32)
     model = load(save(linear)).model
     assert run_loaded(model, {"x": x})[0].shape == (2, 1)
+
+
+def test_what_an_upgrade_adds_in_a_function_has_the_call_as_source(
+    linear: Any, save: Callable[[Any], Path], run_loaded: Callable[..., list[np.ndarray]]
+) -> None:
+    """Found by the fuzzer: the new nodes had an empty list of sources."""
+    body = [make.make_node("LogSoftmax", ["a"], ["b"])]  # of unknown rank in here
+    function = make.make_function("local", "total", ["a"], ["b"], body, [make.make_opsetid("", 9)])
+    linear.functions.append(function)
+    linear.graph.node[2].CopyFrom(make.make_node("total", ["sum"], ["y"], domain="local"))
+    linear.opset_import.append(make.make_opsetid("local", 1))
+    del linear.graph.output[0].type.tensor_type.shape.dim[1]
+    model = load(save(linear)).model
+    assert {provenance.sources(n) for n in model.graph if "LogSoftmax" in str(n.name)} == {("n2",)}
+    x = np.ones((2, 4), np.float32)
+    np.testing.assert_allclose(np.exp(run_loaded(model, {"x": x})[0]).sum(1), 1, rtol=1e-6)
 
 
 def test_every_change_is_an_operator_of_the_standard() -> None:
