@@ -218,7 +218,7 @@ def _outputs(node: ir.Node, arrays: Mapping[ir.Value, Array]) -> tuple[Array, ..
     try:
         with np.errstate(all="ignore"):
             return tuple(np.asarray(a) for a in meaning.compile_node(node)(inputs))
-    except (ValueError, IndexError, TypeError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         shapes = [None if a is None else a.shape for a in inputs]
         raise InputError(
             f"{node.op_type} does not run on shapes {shapes}: {error}", where=str(node.name)

@@ -220,6 +220,16 @@ def test_cast_truncates_towards_zero_and_refuses_narrow_formats() -> None:
         meaning.compile_node(node)
 
 
+@pytest.mark.parametrize("axes", [[1, 1], [0, -4], [4], [-5]])
+@pytest.mark.parametrize("op", ["Unsqueeze", "Squeeze"])
+def test_axes_named_twice_or_out_of_range(op: str, axes: list[int]) -> None:
+    """Found by the fuzzer: the iterator over the sides ran dry."""
+    x = np.ones((1,) * (4 if op == "Squeeze" else 4 - len(axes)), np.float32)
+    node = ir.node(op, [ir.Value(name="x"), ir.Value(name="axes")])
+    with pytest.raises(InputError, match="at axes"):
+        meaning.compile_node(node)([x, np.array(axes, I)])
+
+
 @examples
 @given(shape=shapes, data=st.data())
 def test_shaping(shape: list[int], data: st.DataObject) -> None:

@@ -6,6 +6,7 @@ and the inputs named in `HOST_INPUTS` are read as Python integers, so numpy is w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,27 @@ def _transpose(node: ir.Node, xp: Arrays) -> Run:
     return lambda x: xp.permute_dims(x, perm)
 
 
+def _places(axes: Sequence[int], rank: int, node: ir.Node) -> set[int]:
+    """`axes` counted from the front.
+
+    Raises:
+        InputError: one is named twice or is none of `rank`.
+    """
+    found = {axis + rank if axis < 0 else axis for axis in axes}
+    if len(found) < len(axes) or any(not 0 <= axis < rank for axis in found):
+        raise InputError(
+            f"{node.op_type} at axes {list(axes)} of {rank}", where=describe(node)
+        )
+    return found
+
+
 def _unsqueeze(node: ir.Node, xp: Arrays) -> Run:
     fixed = sequence(node, "axes")
 
     def run(x: Array, axes: Array | None = None) -> Array:
         where = fixed if fixed is not None else integers(axes)
         rank = len(x.shape) + len(where)
-        ones = {axis % rank for axis in where}
+        ones = _places(where, rank, node)
         sides = iter(x.shape)
         return xp.reshape(x, [1 if d in ones else next(sides) for d in range(rank)])
 
@@ -85,7 +100,7 @@ def _squeeze(node: ir.Node, xp: Arrays) -> Run:
         if fixed is None and axes is None:
             return xp.reshape(x, [n for n in shape if n != 1])
         where = fixed if fixed is not None else integers(axes)
-        drop = {axis % len(shape) for axis in where}
+        drop = _places(where, len(shape), node)
         if any(shape[axis] != 1 for axis in drop):
             raise InputError(
                 f"Squeeze of axes {sorted(drop)} of shape {list(shape)}", where=describe(node)
