@@ -66,9 +66,10 @@ class Curve:
     split: float = math.inf
     polynomial: tuple[float, ...] = ()
 
-    def __call__(self, x: Array) -> Array:
-        """The curve at x."""
-        below = (_ln(x) * self.slope + self.offset).clip(self.low, self.high)
+    def __call__(self, x: Array, log: Array | None = None) -> Array:
+        """The curve at x; `log`: ln x if it is known."""
+        log = _ln(x) if log is None else log
+        below = (log * self.slope + self.offset).clip(self.low, self.high)
         if not self.polynomial:
             return below
         return below + (_horner(self.polynomial, x) - below) * (x >= self.split)
@@ -167,7 +168,8 @@ class PowerDrift:
 
     def exponent(self, target: Array, z: Array) -> Array:
         """nu of each device."""
-        return abs(self.mean(target) + self.spread(target) * z)
+        log = _ln(target)
+        return abs(self.mean(target, log) + self.spread(target, log) * z)
 
     def apply(self, target: Array, written: Array, z: Array, age_s: float) -> Array:
         """The drifted value."""

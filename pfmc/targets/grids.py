@@ -12,29 +12,42 @@ import torch
 from torch import Tensor
 
 
+_EDGE = 1e-6
+"""How much wider, relatively, the range is that gradients pass: its own ends lie inside."""
+
+
+def _passed(gradient: Tensor, x: Tensor, limit: float) -> Tensor:
+    """The gradient where |x| is at most `limit`, else 0: one pass, without a tensor of booleans."""
+    limit *= 1 + _EDGE
+    made: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, -limit, limit)
+    return made
+
+
 class _Grid(torch.autograd.Function):
-    """The nearest multiple of `step`, straight through inside the clipping range."""
+    """The nearest multiple of `step`, straight through inside the clipping range.
+
+    The step's gradient is that of (code - ratio) inside and of the code outside, so the sum of the
+    gradient times the code less that of the passed gradient times the ratio.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, top: float, odd: bool) -> Tensor:
         ratio = x / step
-        codes = torch.round((ratio - 1) / 2).mul_(2).add_(1) if odd else torch.round(ratio)
+        codes = ratio.sub(1).div_(2).round_().mul_(2).add_(1) if odd else torch.round(ratio)
         codes.clamp_(-top, top)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            inside = ratio.abs() <= (top + 1 if odd else top)
-            slope = torch.sub(codes, ratio.mul_(inside)) if ctx.needs_input_grad[1] else None
-            ctx.save_for_backward(inside, slope)
-            ctx.step_shape = step.shape
-        return codes.mul_(step)
+        ctx.limit, ctx.step_shape = (top + 1 if odd else top), step.shape
+        learns = ctx.needs_input_grad[1]
+        ctx.save_for_backward(ratio, codes if learns else None)
+        return codes * step if learns else codes.mul_(step)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        inside, slope = ctx.saved_tensors
-        for_x = gradients[0] * inside if ctx.needs_input_grad[0] else None
-        for_step = None
-        if slope is not None:
-            for_step = (slope * gradients[0]).sum_to_size(ctx.step_shape)
-        return for_x, for_step, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        ratio, codes = ctx.saved_tensors
+        for_x = _passed(gradients[0], ratio, ctx.limit)
+        if codes is None:
+            return for_x, None, None, None
+        for_step = torch.addcmul(codes * gradients[0], ratio, for_x, value=-1)
+        return for_x, for_step.sum_to_size(ctx.step_shape), None, None
 
 
 def on_grid(x: Tensor, step: Tensor, top: float, odd: bool = False) -> Tensor:
@@ -54,14 +67,14 @@ class _Integers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, top: float) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x.abs() <= top)
+        ctx.top = top
+        ctx.save_for_backward(x)
         return torch.round(x).clamp_(-top, top)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None
+        (x,) = ctx.saved_tensors
+        return _passed(gradients[0], x, ctx.top), None
 
 
 def on_integers(x: Tensor, top: float) -> Tensor:

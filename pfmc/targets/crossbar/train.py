@@ -7,6 +7,8 @@ are one batched product; without output converters the tiles fall together into 
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,6 +21,10 @@ from pfmc.targets.base import Die
 from pfmc.targets.crossbar import tiling
 from pfmc.targets.crossbar.technology import Design
 from pfmc.targets.grids import assign, on_integers, pooled_normal, whole
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: its multiples spread checksums over all seeds (Knuth, TAOCP 6.4)."""
 
 
 class Cut:
@@ -71,6 +77,7 @@ class CrossbarTwin(nn.Module):
         self._known: dict[tuple[int, str], list[Tensor]] = {}
         self.keeps = True  # errors of one die from call to call; not where memory is short
         self._missed: tuple[Tensor, Tensor] | None = None
+        self._base: tuple[int | None, int] | None = None
         self.face(Die(seed=None, read_noise=False))
 
     # -- what the trainer calls -----------------------------------------------------------------
@@ -122,8 +129,8 @@ class CrossbarTwin(nn.Module):
             compensation of each column ``[out, T]``.
         """
         if self._missed is None:
-            held, scale, _ = self._devices(weight, self.die.read_noise)
             unit = self._scale(weight)
+            held, scale, _ = self._devices(weight, unit, self.die.read_noise)
             if joined:
                 error = self.cut.join(held * scale.unsqueeze(-1)) - weight
             else:
@@ -146,7 +153,7 @@ class CrossbarTwin(nn.Module):
                 error, drift = self._errors(weight, joined=False)
                 scale = unit * drift
             else:
-                held, scale, variance = self._devices(weight, False)
+                held, scale, variance = self._devices(weight, unit, False)
                 error = held - self.cut(weight) / unit.unsqueeze(-1)
         unit_step = full / (self.codes * self.samples)
         step = self.log_range.exp()[:, self.column].unsqueeze(1) * unit_step
@@ -164,15 +171,19 @@ class CrossbarTwin(nn.Module):
         peak = self.cut(weight).abs().amax(dim=-1)
         return torch.where(peak > 0, peak, torch.ones_like(peak))
 
-    def _devices(self, weight: Tensor, reading: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _devices(
+        self, weight: Tensor, scale: Tensor, reading: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The die's normalised weights, their scale, and the variance of a reading.
+
+        Args:
+            weight: ``[out, in]``; scale: of its columns ``[out, T]``; reading: read it once.
 
         Returns:
             held ``[out, T, R]``: (g_plus - g_minus) / (g_max - g_min) as aged, and as read once if
             `reading`; scale ``[out, T]``: what 1 of it weighs, drift compensation included;
             variance of one reading ``[out, T, R]``, or None.
         """
-        scale = self._scale(weight)
         ideal = self.cut(weight) / scale.unsqueeze(-1)
         if self.die.seed is None and not self.die.read_noise:
             return ideal, scale, None
@@ -182,7 +193,7 @@ class CrossbarTwin(nn.Module):
         target = torch.stack([ideal, -ideal]).clamp_(0, 1).mul_(1 - low).add_(low)
         written, aged = self._written(target)
         if self.design.compensate and self.die.seed is not None and self.die.age_s > 0:
-            scale = scale * self._compensation(written, aged)
+            scale = scale * self._compensation(written[0] - written[1], aged[0] - aged[1])
         laws = self.design.noise
         variance = None
         if self.die.read_noise and laws.read:
@@ -211,18 +222,15 @@ class CrossbarTwin(nn.Module):
                 aged = age.apply(target, aged, self._normal(ideal, f"{name} age {k}"), age_s)
             states.append((written, aged))
         if self.design.compensate and age_s > 0:
-            pairs = [
-                torch.stack([held, idle.expand_as(ideal)])
-                for held, idle in zip(*states, strict=True)
-            ]
-            scale = scale * self._compensation(pairs[0], pairs[1])
+            pairs = (held - idle for held, idle in zip(*states, strict=True))
+            scale = scale * self._compensation(*pairs)
         (written, held), (low_written, idle) = states
         if self.die.read_noise and laws.read:
             for state, name in (((written, held), "held"), ((low_written, idle), "idle")):
                 sigma = laws.read_sigma(*state, age_s)
                 drawn = sigma * self._normal(ideal, f"{name} read")
                 held = held + drawn if name == "held" else held - drawn
-        sign = torch.where(ideal < 0, -1.0, 1.0)
+        sign = torch.ones_like(ideal).copysign_(ideal)
         return (held - idle).div_(1 - low).mul_(sign), scale, None
 
     def _written(self, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,14 +273,20 @@ class CrossbarTwin(nn.Module):
     def _seed(self, moment: str) -> int:
         if self.readings is not None:
             return int(noise.generator(self.readings, self.name, moment).integers(2**63))
-        drawn = noise.generator(self.die.seed or 0, self.name, f"twin {moment}")
-        return int(drawn.integers(2**63))
+        if self._base is None or self._base[0] != self.die.seed:
+            drawn = noise.generator(self.die.seed or 0, self.name, "twin")
+            self._base = self.die.seed, int(drawn.integers(2**63))
+        return (self._base[1] + zlib.crc32(moment.encode()) * _GOLDEN) % 2**63
 
     def _compensation(self, written: Tensor, aged: Tensor) -> Tensor:
-        """mean |w written| / mean |w aged| of each tile, spread over its columns ``[out, T]``."""
+        """mean |w written| / mean |w aged| of each tile, spread over its columns ``[out, T]``.
+
+        Args:
+            written, aged: differences of pairs ``[out, T, R]``, which are not kept.
+        """
         sums = []
-        for state in (written, aged):
-            by_column = self._padless((state[0] - state[1]).abs()).sum(dim=-1)
+        for pair in (written, aged):
+            by_column = self._padless(pair.abs_()).sum(dim=-1)
             total = by_column.new_zeros(self.grid.across, self.grid.down)
             sums.append(total.index_add_(0, self.column, by_column))
         ratio = torch.where(sums[1] > 0, sums[0] / sums[1], torch.ones_like(sums[0]))
