@@ -269,6 +269,7 @@ WAYS: dict[str, Way] = {
     "torchao sym": torchao(True),
     "torchao asym": torchao(False),
     "pfmc plain": ours("int", "plain"),
+    "pfmc plain midrise": ours("midrise", "plain"),
     "pfmc clip": ours("int", "clip"),
     "pfmc clip midrise": ours("midrise", "clip"),
     "pfmc compensate": ours("int", "compensate"),

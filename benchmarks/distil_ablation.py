@@ -4,7 +4,9 @@
 
 Every line is one distillation of stories260K with the same steps, data and seeds, judged
 by KL on held-out text of the teacher (on fixed unseen dies where there is noise). It is written to
-docs/distil_ablation.csv; the first line of each group has all ingredients.
+docs/distil_ablation.csv; the first line of each group has all ingredients. A line that the file
+holds already with the same steps and seeds is not measured again. The picture beside it
+(docs/distil_ablation.svg) needs altair and vl-convert-python.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ os.environ.update(ONE_THREAD)  # before numpy and torch are loaded
 import argparse
 import csv
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,39 @@ def line(name: str, model: Path, steps: int, seeds: int, folder: Path) -> dict[s
     }  # fmt: skip
 
 
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL left after training, a bar with its deviation over seeds for each line."""
+    import altair
+
+    charts = []
+    for group in dict.fromkeys(str(r["line"]).split(": ")[0] for r in rows):
+        values = [
+            {"what": str(r["line"]).split(": ")[1], "kl": float(r["kl"]),
+             "low": float(r["kl"]) - float(r["kl_sd"] or 0),
+             "high": float(r["kl"]) + float(r["kl_sd"] or 0)}
+            for r in rows if str(r["line"]).startswith(group)
+        ]  # fmt: skip
+        what = altair.Y("what:N", sort=[v["what"] for v in values], title=None,
+                        axis=altair.Axis(labelLimit=260))  # fmt: skip
+        base = altair.Chart(altair.Data(values=values)).encode(y=what)
+        bars = base.mark_bar(color="#7da7c9" if group == "digital" else "#d09a6a").encode(
+            x=altair.X("kl:Q", title="KL left on held-out text (nats a token)")
+        )
+        spread = base.mark_rule().encode(x="low:Q", x2="high:Q")
+        charts.append((bars + spread).properties(width=420, title=group))
+    altair.vconcat(*charts).save(str(path))
+
+
+def held(path: Path, steps: int, seeds: int) -> dict[str, dict[str, Any]]:
+    """Lines of an earlier run with the same steps and seeds."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    asked = (str(steps), str(seeds))
+    return {r["line"]: r for r in rows if (r["steps"], r["seeds"]) == asked}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=STORIES.path)
@@ -79,15 +115,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LEFT_OUT, default=list(LEFT_OUT))
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
-    rows = []
+    found = held(given.out, given.steps, given.seeds)
     with tempfile.TemporaryDirectory() as folder:
-        for name in given.only:
-            rows.append(line(name, given.model, given.steps, given.seeds, Path(folder)))
-            print(rows[-1], flush=True)
+        for name in (n for n in given.only if n not in found):
+            found[name] = line(name, given.model, given.steps, given.seeds, Path(folder))
+            print(found[name], flush=True)
+            rows = [found[n] for n in LEFT_OUT if n in found]
             with given.out.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
+    try:
+        picture([found[n] for n in LEFT_OUT if n in found], given.out.with_suffix(".svg"))
+    except ImportError:
+        print("no picture: pip install altair vl-convert-python", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any, Final
 DOCS: Final = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
+from benchmarks import measured  # noqa: E402
 from pfmc import cli, errors, library, noise, passes, technology  # noqa: E402
 from pfmc.cost import METRICS, Validation  # noqa: E402
 from pfmc.passes import recipe as recipes  # noqa: E402
@@ -480,6 +481,15 @@ PARTS: Final = {
         "validation": lambda: validation(_optical_rows()),
     },
     "fabric.md": {"work": fabric_part, "nodes": nodes_part},
+    "distill.md": {
+        "figures": lambda: measured.distilled(table),
+        "encoders": lambda: measured.encoders(table),
+        "ablation": lambda: measured.ablation(table),
+    },
+    "calibrate.md": {
+        "figures": lambda: measured.corrected(table),
+        "drift": lambda: measured.drift(table),
+    },
 }
 """Parts of pages that are written by hand."""
 
