@@ -73,6 +73,9 @@ def _lengths(model: ir.Model, positions: int, past: int) -> tuple[int, int]:
     others = [v for v in model.graph.inputs if not _is_memory(v) and "mask" not in str(v.name)]
     fixed = [_dims(v)[1] for v in others if len(_dims(v)) in (2, 3)]
     fixed_past = [_dims(v)[2] for v in memory if len(_dims(v)) == 4]
+    if 0 in fixed:
+        where = next(str(v.name) for v in others if 0 in _dims(v)[1:2])
+        raise InputError("a graph input holds no positions: its second axis is 0", where=where)
     for length in fixed:
         positions = length if isinstance(length, int) else positions
     for length in fixed_past:

@@ -145,3 +145,12 @@ def test_images_have_the_side_on_which_the_model_runs() -> None:
     model = ir.Model(graph, ir_version=11)
     assert image_side(model) == 32
     assert next(iter(batches(model, 2, 8, 0)))["pixels"].shape == (2, 3, 32, 32)
+
+
+def test_an_input_without_positions_is_refused() -> None:
+    """Found by the fuzzer: counts were divided by no positions."""
+    text = "<ir_version: 8, opset_import: ['' : 18]> g (float[3,0,2] x) => (float[3,0,2] y)"
+    model = ir.from_proto(onnx.parser.parse_model(text.replace("'", '"') + " { y = Abs (x) }"))
+    with pytest.raises(InputError, match="holds no positions") as error:
+        probe_shapes(model)
+    assert error.value.where == "x"
