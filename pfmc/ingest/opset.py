@@ -124,7 +124,7 @@ def _dropout(up: Upgrade) -> None:
     node = up.node
     training = node.inputs[2] if len(node.inputs) > 2 else None
     constant = training.const_value if training is not None else None
-    if training is not None and (constant is None or bool(constant.numpy())):
+    if training is not None and (constant is None or bool(np.any(constant.numpy()))):
         raise up.refuse("it is in training mode")
     source = node.inputs[0]
     assert source is not None
