@@ -187,6 +187,7 @@ def normalise(model: ir.Model) -> None:
     tidy.drop_identities(model.graph)
     tidy.infer_shapes(model)
     tidy.numeric_dims(model.graph)
+    tidy.check_ranks(model.graph)
     tidy.sort(model.graph)
     tidy.drop_dead(model)
     tidy.name_everything(model.graph)

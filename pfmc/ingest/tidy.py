@@ -181,6 +181,30 @@ class _Heard(logging.Handler):
             raise InputError(what, where="the graph, after rewriting its dialects") from self.error
 
 
+_LEAST_RANK = {
+    "AveragePool": 3, "BatchNormalization": 2, "Conv": 3, "ConvTranspose": 3, "DepthToSpace": 4,
+    "GlobalAveragePool": 3, "GlobalMaxPool": 3, "GroupNormalization": 3,
+    "InstanceNormalization": 3, "LRN": 3, "MaxPool": 3, "SpaceToDepth": 4, "Trilu": 2,
+}  # fmt: skip
+"""Least rank of the first input of operators whose schema names axes without checking them."""
+
+
+def check_ranks(graph: ir.Graph) -> None:
+    """Refuses inputs that lack axes which the operator names.
+
+    Raises:
+        InputError: names the node.
+    """
+    for node in graph:
+        least = _LEAST_RANK.get(node.op_type, 0) if node.domain == "" else 0
+        shape = node.inputs[0].shape if least and node.inputs[0] is not None else None
+        if shape is not None and len(shape) < least:
+            raise InputError(
+                f"Shapes or types do not fit: {node.op_type} of an input of {len(shape)} axes; "
+                f"it needs {least}", where=f"node {node.name!r}",
+            )  # fmt: skip
+
+
 def numeric_dims(graph: ir.Graph) -> None:
     """Dimensions spelled as numbers (``"32"``) become integers, impossible ones unknown."""
     for value in all_values(graph):

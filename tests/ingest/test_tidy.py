@@ -139,3 +139,14 @@ def test_empty_weights_embedded_and_external(linear: Any, save: Callable[[Any], 
         tensor = graph.initializers[name].const_value
         assert tensor is not None
         assert tensor.numpy().shape == (0, 3)
+
+
+@pytest.mark.parametrize(("op", "rank"), [("GroupNormalization", 2), ("Conv", 2), ("Trilu", 1)])
+def test_an_input_without_the_axes_that_its_operator_names(op: str, rank: int) -> None:
+    """Found by the fuzzer: a pass read the channels of a vector."""
+    x = ir.Value(name="x", shape=ir.Shape([2] * rank), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node(op, [x, x, x], name="n")
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 24}, name="g")
+    with pytest.raises(InputError, match=f"{rank} axes") as error:
+        tidy.check_ranks(graph)
+    assert error.value.where == "node 'n'"
