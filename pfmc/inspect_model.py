@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pfmc import artifact, ingest, store
-from pfmc.errors import UsageError, did_you_mean
+from pfmc.errors import InputError, UsageError, did_you_mean
 from pfmc.ir import vocabulary
 from pfmc.report.tree import Item
 from pfmc.store import LayerRecord
@@ -53,8 +53,16 @@ def look(path: Path, trust_root: Path | None = None) -> View:
     model = loaded.model
     opened = vocabulary.DOMAIN in model.graph.opset_imports and not loaded.from_checkpoint
     if opened:  # a dump: ingest opened its operators up
-        model = ir.load(loaded.path)
+        model = _as_it_lies(loaded.path)
     return View(path, "model", title, tuple(_items(model)))
+
+
+def _as_it_lies(path: Path) -> ir.Model:
+    """The file, which ingest has checked, with its operators untouched."""
+    try:
+        return ir.load(path)
+    except ir.serde.SerdeError as error:
+        raise InputError("The graph cannot be read as it lies", where=str(path)) from error
 
 
 def _artifact(path: Path) -> View:
