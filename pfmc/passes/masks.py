@@ -7,6 +7,7 @@ sliding window cannot hide. What cannot be decided stays an explicit mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pfmc.errors import PfmcError
+from pfmc.errors import InputError, PfmcError
 from pfmc.ir import matcher, shapes
 from pfmc.ir.meaning import evaluate
 from pfmc.ir.shapes import Dim, Shapes
@@ -25,6 +26,7 @@ KEY_SINK = "pfmc.sink"
 
 BLOCKED = -1e30
 _LARGEST_LENGTH = 2048
+_LARGEST_INPUT = 1 << 24  # elements of an input in one trial
 _MOST_NODES = 400
 _HOP = 1024  # samples for each position where a mask depends on the length of a sound
 _HEAVY = frozenset({"FixedLinear", "QuantisedLinear", "MatMul", "Gemm", "Conv", "Attention"})
@@ -305,6 +307,8 @@ def _feeds(
             )
             for axis, d in enumerate(dims)
         ]
+        if math.prod(shape) > _LARGEST_INPUT:
+            raise InputError(f"input {value.name!r} has {math.prod(shape)} elements")
         array = np.ones(shape, value.dtype.numpy())
         if padding is not None and padding.shape == array.shape:
             array = padding.astype(array.dtype)
