@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks.distil_figures import ROOT, STORIES, analog, weights
 from pfmc.compile import Options
+from pfmc.distill.corpus import FILE
 from pfmc.distillation import Choices, distil_model
 
 OUT = ROOT / "docs" / "distil_ablation.csv"
@@ -60,9 +61,14 @@ def line(name: str, model: Path, steps: int, seeds: int, folder: Path) -> dict[s
     found = []
     for seed in range(seeds):
         options = Options(target=target, settings=(*settings, *more), seed=seed)
-        place = folder / f"{list(LEFT_OUT).index(name)}-{seed}"
+        place, corpus = folder / f"{list(LEFT_OUT).index(name)}-{seed}", folder / f"{seed}.corpus"
+        place.mkdir()
+        if corpus.is_file():  # another line's; written again where this one asks for another
+            shutil.copy(corpus, place / FILE)
         done = distil_model(model, place, options=options, choices=Choices(steps=steps))
         found.append((done.manifest["start"]["loss"], done.manifest["best"]["loss"], done.cpu_s))
+        if not corpus.is_file():
+            shutil.copy(place / FILE, corpus)
         shutil.rmtree(place)
     start, best, seconds = np.array(found).T
     spread = f"{best.std(ddof=1):.4f}" if seeds > 1 else ""
