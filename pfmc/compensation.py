@@ -163,12 +163,14 @@ class _Problem:
         return np.asarray((wrong * (self.second @ wrong)).sum(axis=0))
 
     def solve(self, weight: Doubles, start: _Rounded) -> _Rounded:
-        """The three steps of the module's docstring."""
+        """The three steps of the module's docstring; ``(C + λI) E`` is kept up to date."""
         found = _Rounded(self._spread(weight, start.scale), start.scale)
+        whole = self.damped @ weight if self.group >= len(weight) else None
+        slope = self.damped @ (weight - self.dequantised(found))
         for _ in range(ROUNDS):
             if self.form.scales == "free":
-                found = self._rescaled(weight, found)
-            found = self._descended(weight, found)
+                found = self._rescaled(found, slope, whole)
+            found = self._descended(found, slope)
         return found
 
     def _round(self, values: Doubles, scale: Doubles) -> Doubles:
@@ -179,59 +181,81 @@ class _Problem:
         assert self.factor is not None
         upper, left = self.factor, weight[self.order]
         codes = np.empty_like(weight)
+        errors = np.empty((BLOCK, left.shape[1]))
         for start in range(0, len(left), BLOCK):
             stop = min(start + BLOCK, len(left))
-            errors = np.empty((stop - start, left.shape[1]))
-            for i in range(start, stop):
+            for k, i in enumerate(range(start, stop)):
+                held = left[i] - upper[start:i, i] @ errors[:k]
                 step = scale[self.order[i] // self.group]
-                code = self._round(left[i], step)
+                code = self._round(held, step)
                 codes[self.order[i]] = code
-                errors[i - start] = (left[i] - code * step) / upper[i, i]
-                left[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
-            left[stop:] -= upper[start:stop, stop:].T @ errors
+                errors[k] = (held - code * step) / upper[i, i]
+            left[stop:] -= upper[start:stop, stop:].T @ errors[: stop - start]
         return codes
 
-    def _rescaled(self, weight: Doubles, found: _Rounded) -> _Rounded:
-        """Step 2: the best scale for the codes, group after group."""
+    def _rescaled(self, found: _Rounded, slope: Doubles, whole: Doubles | None) -> _Rounded:
+        """Step 2: the best scale for the codes, group after group.
+
+        Args:
+            slope: ``(C + λI) E``, which is changed; whole: ``(C + λI) W`` where one scale holds
+                for all inputs: then ``(C + λI) Q`` of the codes is known without a product.
+        """
         scale = found.scale.copy()
-        wrong = weight - self.dequantised(found)
-        for index, rows in enumerate(rounding.groups_of(len(weight), self.group)):
+        for index, rows in enumerate(rounding.groups_of(len(slope), self.group)):
             codes = found.codes[rows]
-            pull = (codes * (self.damped[rows] @ wrong)).sum(axis=0)
-            weighted = (codes * (self.damped[rows, rows] @ codes)).sum(axis=0)
+            if whole is None:
+                held = self.damped[rows, rows] @ codes
+            else:
+                held = (whole - slope) / scale[index]
+            pull = (codes * slope[rows]).sum(axis=0)
+            weighted = (codes * held).sum(axis=0)
             step = scale[index] + pull / np.where(weighted > 0, weighted, np.inf)
             step = step.astype(np.float32).astype(np.float64)
             changed = np.where(step > 0, step, scale[index])
-            wrong[rows] -= codes * (changed - scale[index])
+            more = changed - scale[index]
+            slope -= held * more if whole is not None else self.damped[:, rows] @ (codes * more)
             scale[index] = changed
         return _Rounded(found.codes, scale)
 
-    def _descended(self, weight: Doubles, found: _Rounded) -> _Rounded:
-        """Step 3: one sweep of coordinate descent over the codes."""
+    def _descended(self, found: _Rounded, slope: Doubles) -> _Rounded:
+        """Step 3: one sweep of coordinate descent over the codes; `slope` is changed."""
         codes = found.codes.copy()
-        slope = self.damped @ (weight - self.dequantised(found))
-        for start in range(0, len(weight), BLOCK):
-            rows = slice(start, min(start + BLOCK, len(weight)))
-            inner, local = self.damped[rows, rows], slope[rows].copy()
-            change = np.empty_like(local)
-            for i in range(len(local)):
-                step = found.scale[(start + i) // self.group]
-                now = codes[start + i] * step
-                code = self._round(now + local[i] / inner[i, i], step)
-                change[i] = code * step - now
-                codes[start + i] = code
-                local[i + 1 :] -= inner[i + 1 :, i, None] * change[i]
+        for start in range(0, len(slope), BLOCK):
+            rows = slice(start, min(start + BLOCK, len(slope)))
+            inner, change = self.damped[rows, rows], np.empty_like(slope[rows])
+            for k, i in enumerate(range(rows.start, rows.stop)):
+                pull = slope[i] - inner[k, :k] @ change[:k]
+                step = found.scale[i // self.group]
+                now = codes[i] * step
+                codes[i] = self._round(now + pull / inner[k, k], step)
+                change[k] = codes[i] * step - now
             slope -= self.damped[:, rows] @ change
         return _Rounded(codes, found.scale)
 
 
 def _factor(damped: Doubles, order: npt.NDArray[np.intp]) -> Doubles | None:
-    """The upper factor, or None where the moments are zero, not finite or not definite."""
-    ordered = damped[np.ix_(order, order)]
-    if not np.isfinite(ordered).all() or not (np.diagonal(ordered) > 0).all():
+    """The upper factor, or None where the moments are zero, not finite or not definite.
+
+    Cholesky from the last input to the first gives ``H = R R^T`` with R upper, so ``U = R^-1``:
+    a fraction of the work of inverting H and factorising the inverse.
+    """
+    backwards = damped[np.ix_(order[::-1], order[::-1])]
+    if not np.isfinite(backwards).all() or not (np.diagonal(backwards) > 0).all():
         return None
     try:
-        lower = np.linalg.cholesky(np.linalg.inv(ordered))
+        lower = np.linalg.cholesky(backwards)
     except np.linalg.LinAlgError:
         return None
-    return np.ascontiguousarray(lower.T, np.float64)
+    return np.ascontiguousarray(_inverse(np.asarray(lower, np.float64))[::-1, ::-1])
+
+
+def _inverse(lower: Doubles) -> Doubles:
+    """Of a lower triangular matrix, by halves."""
+    if len(lower) <= BLOCK:
+        return np.tril(np.linalg.inv(lower))
+    half = len(lower) // 2
+    made = np.zeros_like(lower)
+    made[:half, :half] = _inverse(lower[:half, :half])
+    made[half:, half:] = _inverse(lower[half:, half:])
+    made[half:, :half] = -made[half:, half:] @ (lower[half:, :half] @ made[:half, :half])
+    return made

@@ -108,3 +108,16 @@ def test_inputs_that_were_never_seen_are_rounded_all_the_same() -> None:
     assert not found.failed
     error = np.abs(rounding.dequantise(found.codes, found.scale)[5] - weight[5])
     assert (error <= 0.51 * found.scale[0] + 1e-6).all() or found.kept == 0.0
+
+
+@pytest.mark.parametrize("size", [1, 5, 300])
+def test_the_factor_is_that_of_the_inverse(size: int) -> None:
+    """``U^T U = H^-1`` in the order asked for, U upper."""
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=(3 * size, size))
+    moment, order = x.T @ x, rng.permutation(size)
+    upper = compensation._factor(moment, order)
+    assert upper is not None
+    np.testing.assert_array_equal(upper, np.triu(upper))
+    wanted = np.linalg.inv(moment[np.ix_(order, order)])
+    np.testing.assert_allclose(upper.T @ upper, wanted, rtol=1e-8, atol=1e-8 * wanted.max())
