@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-
 _EDGE = 1e-6
 """How much wider, relatively, the range is that gradients pass: its own ends lie inside."""
 

@@ -22,7 +22,6 @@ from pfmc.targets.crossbar import tiling
 from pfmc.targets.crossbar.technology import Design
 from pfmc.targets.grids import assign, on_integers, pooled_normal, whole
 
-
 _GOLDEN = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: its multiples spread checksums over all seeds (Knuth, TAOCP 6.4)."""
 
