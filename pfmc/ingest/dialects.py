@@ -98,21 +98,35 @@ STANDARD: Final[dict[tuple[str, str], Lower]] = {
 }
 """Standard operators of integer arithmetic -> what they become where they touch activations."""
 
+_KNOWN: Final = {**LOWERINGS, **STANDARD}
+
 
 def lower(model: ir.Model) -> None:
     """Replaces every dialect node of `model` by standard operators and ``pfmc::Rotary``."""
     graph = model.graph
-    known = {**LOWERINGS, **STANDARD}
-    found = [n for n in graph if (n.domain, n.op_type) in known]
+    found = [n for n in graph if (n.domain, n.op_type) in _KNOWN]
     if not found:
         return
     builder = Builder(graph)
     shared: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
     for node in found:
         builder.at(node)
-        known[node.domain, node.op_type](Lowering(node, builder, shared))
+        lower_node(Lowering(node, builder, shared))
     graph.opset_imports.pop(CONTRIB, None)
     vocabulary.install(model)
 
 
-__all__ = ["LOWERINGS", "REASONS", "STANDARD", "PackedWeight", "lower", "unpack"]
+def lower_node(low: Lowering) -> None:
+    """Lowers the node of `low`, whose inputs and attributes no schema has checked.
+
+    Raises:
+        InputError: it cannot be lowered, or arithmetic on what it holds failed.
+    """
+    try:
+        _KNOWN[low.node.domain, low.node.op_type](low)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        why = f"its inputs and attributes do not fit each other: {error}"
+        raise low.refuse(why, "export the model again") from error
+
+
+__all__ = ["LOWERINGS", "REASONS", "STANDARD", "PackedWeight", "lower", "lower_node", "unpack"]

@@ -60,12 +60,23 @@ def real(
 def _stored(
     low: Lowering, codes: ir.Value, scale: ir.Value, zero: ir.Value | None, axis: int
 ) -> ir.Value:
-    """A constant, dequantised; one-element scales become scalars."""
-    single = scale.const_value is not None and scale.const_value.size == 1
-    parts = [codes, scale] if zero is None else [codes, scale, zero]
-    if single:
-        parts = [codes, *(low.build.constant(low.array(v, "scale").reshape(())) for v in parts[1:])]
-    return low.build.op("DequantizeLinear", parts, {} if single else {"axis": axis})
+    """A constant, dequantised; scale and zero point as scalars, or each as wide as the other."""
+    parts = [v for v in (scale, zero) if v is not None]
+    width = max(low.tensor(v, "scale or zero point").size for v in parts)
+    dims = low.tensor(codes, "codes").shape.numpy()
+    if width > 1 and not (-len(dims) <= axis < len(dims) and dims[axis] == width):
+        raise low.refuse(f"{width} scales or zero points for axis {axis} of {list(dims)}")
+    wide = [_as_wide(low, v, width) for v in parts]
+    return low.build.op("DequantizeLinear", [codes, *wide], {} if width == 1 else {"axis": axis})
+
+
+def _as_wide(low: Lowering, value: ir.Value, width: int) -> ir.Value:
+    """A constant of one number as a scalar, or repeated `width` times; another as it is."""
+    array = low.array(value, "scale or zero point")
+    if array.shape == (width,) and width > 1:
+        return value
+    flat = array.reshape(-1) if array.size == width > 1 else array.reshape(())
+    return low.build.constant(np.broadcast_to(flat, () if width == 1 else (width,)).copy())
 
 
 def rounded(
@@ -198,23 +209,13 @@ class _Scaled:
     def write(self, low: Lowering) -> None:
         """``MatMul((A - zero) * a_scale, DequantizeLinear(B))`` in place of the chain."""
         codes = real(low, low.need(0, "A"), self.left, low.input(2))
-        scale, zero = self.right, low.input(3)
-        if zero is not None and zero.const_value is not None and scale.const_value is not None:
-            zero = self._as_wide(low, zero, scale.const_value.size)
-        weight = _stored(low, low.need(1, "B"), scale, zero, 1)
+        weight = _stored(low, low.need(1, "B"), self.right, low.input(3), 1)
         low.build.at(self.end)
         product = low.build.op("MatMul", [codes, weight])
         maker = product.producer()
         assert maker is not None
         provenance.union_sources(maker, [low.node])
         low.build.replace(self.end, [product])
-
-    @staticmethod
-    def _as_wide(low: Lowering, zero: ir.Value, count: int) -> ir.Value:
-        array = low.array(zero, "zero point")
-        if array.size == count:
-            return zero
-        return low.build.constant(np.broadcast_to(array.reshape(-1), (count,)).copy())
 
 
 def _is_vector(value: ir.Value) -> bool:

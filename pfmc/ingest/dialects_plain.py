@@ -65,6 +65,8 @@ def unfold(low: Lowering) -> None:
     length = last_dim(value) if axis == axes - 1 else value.shape and value.shape[axis]
     if not isinstance(length, int):
         raise low.refuse("the length of the unfolded axis is unknown")
+    if size > length:
+        raise low.refuse(f"windows of {size} of an axis of {length}")
     starts = np.arange(0, length - size + 1, step)
     places = low.build.constant((starts[:, None] + np.arange(size)[None]).astype(np.int64))
     found = low.build.op("Gather", [value, places], {"axis": axis})

@@ -129,6 +129,8 @@ def _packed(low: Lowering) -> PackedWeight:
         raise low.refuse("codes, scales or zero points do not have the declared size")
     if codes.dtype != ir.DataType.UINT8 or not scales.dtype.is_floating_point():
         raise low.refuse("codes must be uint8 and scales floating-point")
+    if zeros is not None and not (zeros.dtype == codes.dtype or zeros.dtype.is_floating_point()):
+        raise low.refuse("zero points must be uint8 or floating-point")
     return PackedWeight(
         codes, scales, zeros, inputs=inputs, outputs=outputs, bits=bits, block=block,
         groups=_groups(low, inputs, blocks),
@@ -154,6 +156,8 @@ def mat_mul_bnb4(low: Lowering) -> None:
     kind = low.integer("quant_type")
     codes, peaks = low.tensor(low.input(1), "B"), low.tensor(low.input(2), "absmax")
     count = inputs * outputs
+    if codes.dtype != ir.DataType.UINT8 or not peaks.dtype.is_floating_point():
+        raise low.refuse("codes must be uint8 and factors floating-point")
     if kind not in (0, 1) or codes.size != -(-count // 2) or peaks.size != -(-count // block):
         raise low.refuse("codes or factors do not have the declared size or type")
     source = low.need(1, "B")
@@ -161,6 +165,15 @@ def mat_mul_bnb4(low: Lowering) -> None:
     name = (source.name or "").removesuffix("_Bnb4")
     weight = low.lazy(source, read, peaks.dtype, (inputs, outputs), name)
     low.done(low.build.op("MatMul", [low.need(0, "A"), weight]))
+
+
+def _zeros_fit(
+    codes: ir.TensorProtocol, zeros: ir.TensorProtocol, wanted: list[int], bits: int
+) -> bool:
+    """Whether the zero points are of the type of the codes and as many as blocks, packed alike."""
+    if codes.dtype == ir.DataType.UINT8:
+        wanted = [*wanted[:-1], -(-wanted[-1] * bits // 8)]
+    return zeros.dtype == codes.dtype and [int(n) for n in zeros.shape.numpy()] == wanted
 
 
 def gather_block_quantised(low: Lowering) -> None:
@@ -178,6 +191,8 @@ def gather_block_quantised(low: Lowering) -> None:
     wanted = [-(-n // block) if i == axis else n for i, n in enumerate(shape)]
     if [int(n) for n in scales.shape.numpy()] != wanted:
         raise low.refuse("the scales do not have one number for each block")
+    if zeros is not None and not _zeros_fit(codes, zeros, wanted, bits):
+        raise low.refuse("the zero points do not have one number for each block")
     source = low.need(0, "data")
     read = PackedTable(codes, scales, zeros, tuple(shape), axis, bits, block)
     table = low.lazy(source, read, scales.dtype, shape, f"{source.name}_real")

@@ -314,6 +314,8 @@ class Guard:
                 what = f"Attribute {attribute.name!r} is not UTF-8 text"
             elif attribute.ref_attr_name and not in_function:
                 what = "An attribute refers to a function, outside of any"
+            elif node.op_type == "GatherND" and _counts_backwards(attribute):
+                what = "batch_dims of a GatherND is negative or unknown: shape inference crashes"
             elif attribute.type not in _ATTRIBUTES:
                 what = f"Attribute {attribute.name!r} is of a kind that is not read"
             if what:
@@ -351,6 +353,11 @@ class Guard:
                 what = _first_line(str(error), opset)
                 self._say("PFM108", what, node_name(node), nodes=(label(node),))
                 return
+
+
+def _counts_backwards(attribute: onnx.AttributeProto) -> bool:
+    """Whether onnx 1.23, which reads this attribute unchecked, could end the process on it."""
+    return attribute.name == "batch_dims" and (attribute.i < 0 or bool(attribute.ref_attr_name))
 
 
 def _first_surplus(node: onnx.NodeProto, function: onnx.FunctionProto) -> str:

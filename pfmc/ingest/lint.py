@@ -205,7 +205,7 @@ class _Work:
         for node in [n for n in model.graph if (n.domain, n.op_type) in dialects.LOWERINGS]:
             builder.at(node)
             try:
-                dialects.LOWERINGS[node.domain, node.op_type](Lowering(node, builder, {}))
+                dialects.lower_node(Lowering(node, builder, {}))
             except InputError as error:
                 yield from_error("PFM110", error, self.file, nodes=(str(node.name),))
 

@@ -29,7 +29,18 @@ class Upgrade:
 
     def take(self, name: str) -> ir.Attr | None:
         """Removes and returns an attribute."""
+        self._check_known(name)
         return self.node.attributes.pop(name, None)
+
+    def integer(self, name: str, default: int = 0) -> int:
+        """An integer attribute."""
+        self._check_known(name)
+        return self.node.attributes.get_int(name, default)
+
+    def _check_known(self, name: str) -> None:
+        attribute = self.node.attributes.get(name)
+        if attribute is not None and attribute.is_ref():
+            raise self.refuse(f"the calls of a function set its attribute {name!r}")
 
     def ints(self, values: Sequence[int]) -> ir.Value:
         """An int64 vector constant."""
@@ -85,7 +96,10 @@ def _scalar(up: Upgrade, value: float) -> ir.Value:
     """A scalar of the node's element type."""
     source = up.node.inputs[0]
     dtype = source.dtype if source is not None and source.dtype is not None else ir.DataType.FLOAT
-    return up.builder.constant(np.array(value, dtype=dtype.numpy()))
+    try:
+        return up.builder.constant(np.array(value, dtype=dtype.numpy()))
+    except (OverflowError, ValueError) as error:
+        raise up.refuse(f"{value} is no {dtype.name}") from error
 
 
 def _clip(up: Upgrade) -> None:
@@ -108,7 +122,7 @@ def _softmax(up: Upgrade) -> None:
     """Before 13 the input was coerced to two dimensions at `axis` (default 1)."""
     node, source = up.node, up.node.inputs[0]
     assert source is not None
-    axis = node.attributes.get_int("axis", 1)
+    axis = up.integer("axis", 1)
     rank = len(source.shape) if source.shape is not None else None
     if axis == -1 or (rank and axis % rank == rank - 1):
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
@@ -137,14 +151,9 @@ def _dropout(up: Upgrade) -> None:
 
 
 def _batch_norm(up: Upgrade) -> None:
-    spatial, mode = up.take("spatial"), node_int(up.node, "training_mode")
+    spatial, mode = up.take("spatial"), up.integer("training_mode")
     if mode or len(up.node.outputs) > 1 or (spatial is not None and not spatial.as_int()):
         raise up.refuse("it is in training mode or not per channel")
-
-
-def node_int(node: ir.Node, name: str, default: int = 0) -> int:
-    """An integer attribute of `node`."""
-    return node.attributes.get_int(name, default)
 
 
 def _mod(up: Upgrade) -> None:
@@ -152,7 +161,7 @@ def _mod(up: Upgrade) -> None:
     a, b = up.node.inputs[:2]
     real = any(v is not None and v.dtype is not None and v.dtype.is_floating_point()
                for v in (a, b))  # fmt: skip
-    if not real or node_int(up.node, "fmod"):
+    if not real or up.integer("fmod"):
         return
     build = up.builder
     rest = build.op("Mod", [a, b], {"fmod": 1})
@@ -167,8 +176,8 @@ def _scatter(up: Upgrade) -> None:
 
 def _upsample(up: Upgrade) -> None:
     """Upsample, and Resize of opset 10, count from the corner and round down."""
-    node, scales = up.node, up.take("scales")
-    mode = node.attributes.get_string("mode", "nearest")
+    node, scales, given_mode = up.node, up.take("scales"), up.take("mode")
+    mode = "nearest" if given_mode is None else given_mode.as_string()
     if mode not in ("nearest", "linear", "bilinear"):
         raise up.refuse(f"its mode {mode!r} is not known")
     given = node.inputs[1] if len(node.inputs) > 1 else None

@@ -37,7 +37,7 @@ def infer(proto: onnx.ModelProto, file: str) -> None:
             )
     except MemoryError as error:
         raise InputError(TOO_LONG, where=file) from error
-    except (shape_inference.InferenceError, ValueError, RuntimeError) as error:
+    except (shape_inference.InferenceError, LookupError, ValueError, RuntimeError) as error:
         first, *others = reasons(str(error))
         refusal = InputError(first, where=file, mend=_mend())
         for other in others:
@@ -64,7 +64,7 @@ def known_types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
     try:
         with bounded(room(bare.ByteSize())):
             known = shape_inference.infer_shapes(bare, data_prop=not _vast(bare)).graph
-    except (shape_inference.InferenceError, MemoryError, ValueError, RuntimeError):
+    except (shape_inference.InferenceError, MemoryError, LookupError, ValueError, RuntimeError):
         known = proto.graph
     inferred = (*known.input, *known.output, *known.value_info)
     for value in inferred:

@@ -35,7 +35,13 @@ def inline_functions(model: ir.Model) -> None:
             called = model.functions.get(node.op_identifier())
             if called is not None and len(node.outputs) < len(called.outputs):
                 node.resize_outputs(len(called.outputs))  # a call may leave the last ones out
-    InlinePass()(model)
+    try:
+        InlinePass()(model)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"A function cannot be put in the place of its calls: {error}", where="the functions",
+            mend="see whether a call leaves out an input that its function hands on",
+        ) from error  # fmt: skip
     model.functions.clear()
 
 
@@ -94,7 +100,9 @@ def lift_constants(graph: ir.Graph) -> None:
 def _keep_output(graph: ir.Graph, node: ir.Node, fresh: ir.Value) -> ir.Value:
     """A constant graph output is fed by an Identity from an initialiser of another name."""
     old = node.outputs[0]
-    fresh.name = f"{old.name}_constant"
+    taken = {v.name for v in all_values(graph)}
+    names = (f"{old.name}_constant{n or ''}" for n in itertools.count())
+    fresh.name = next(n for n in names if n not in taken)
     identity = ir.node("Identity", [fresh], name=node.name, metadata_props=node.metadata_props)
     graph.insert_before(node, identity)
     ir.convenience.replace_all_uses_with(old, identity.outputs[0], replace_graph_outputs=True)
@@ -203,6 +211,22 @@ def check_ranks(graph: ir.Graph) -> None:
                 f"Shapes or types do not fit: {node.op_type} of an input of {len(shape)} axes; "
                 f"it needs {least}", where=f"node {node.name!r}",
             )  # fmt: skip
+        if node.domain == "" and node.op_type in _OF_ONE_RANK:
+            _check_operands(node, _OF_ONE_RANK[node.op_type])
+
+
+_OF_ONE_RANK = {"Attention": 3, "Conv": 2, "ConvTranspose": 2}
+"""How many first inputs have one rank, where the schema does not say so."""
+
+
+def _check_operands(node: ir.Node, count: int) -> None:
+    shapes = [v.shape for v in node.inputs[:count] if v is not None]
+    ranks = {len(s) for s in shapes if s is not None}
+    if len(ranks) > 1:
+        raise InputError(
+            f"Shapes or types do not fit: {node.op_type} of operands of {sorted(ranks)} axes",
+            where=f"node {node.name!r}",
+        )
 
 
 def numeric_dims(graph: ir.Graph) -> None:

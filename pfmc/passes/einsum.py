@@ -26,6 +26,8 @@ def spell(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
     if terms is None:
         return "an equation with an ellipsis on operands of unknown rank, or that does not fit them"
     *operands, result = terms
+    if not set(result) <= set("".join(operands)):
+        return "a result with labels that no operand has"
     if any(len(set(t)) != len(t) for t in terms):
         return "a label twice in one operand (a diagonal)"
     assert node.graph is not None

@@ -127,6 +127,8 @@ def _sequence(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
     sizes = [n for n in given if isinstance(n, int)]
     if widths is None or known.shape(widths) == ():
         sizes = [min(sizes[0], length - at) for at in range(0, length, sizes[0])]
+    if any(p is None or not -len(sizes) <= p < len(sizes) for p in places):
+        return "a place that the sequence does not have"
     assert node.graph is not None
     held = matcher.add_array(node.graph, f"{node.outputs[0].name}:sizes", np.asarray(sizes))
     parts = matcher.fresh("Split", [x, held], {"axis": axis}, outputs=len(sizes))

@@ -33,6 +33,10 @@ def spell(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
     steps = _steps(node, [d if isinstance(d, int) else 0 for d in dims], known)
     if isinstance(steps, str):
         return steps
+    if _option(node, "mode", "nearest") not in _MODES or _rounding(node) not in _ROUNDINGS:
+        return "a mode that is not known"
+    if any(after < 1 for _, _, after, _ in steps):
+        return "an axis to no points"
     work = _Work(node)
     for axis, before, after, scale in steps:
         matrix = _matrix(node, before, after, scale)
@@ -43,6 +47,7 @@ def spell(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
 
 
 _COORDINATES = "coordinate_transformation_mode"
+_MODES = frozenset({"nearest", "linear", "cubic"})
 
 
 def _option(node: ir.Node, name: str, default: str) -> str:
@@ -58,6 +63,8 @@ def _steps(
     sizes = known.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else None
     found: list[tuple[int, int, int, float]] = []
     if sizes is not None:
+        if len(sizes) != len(axes):
+            return "sizes that are not one for each axis"
         for axis, size in zip(axes, sizes, strict=True):
             if dims[axis] and not isinstance(size, int):
                 return _UNKNOWN
@@ -98,6 +105,10 @@ _ROUNDINGS: dict[str, Callable[[Reals], Reals]] = {
 }
 
 
+def _rounding(node: ir.Node) -> str:
+    return _option(node, "nearest_mode", "round_prefer_floor")
+
+
 def _matrix(node: ir.Node, before: int, after: int, scale: float) -> Reals | None:
     """``[after, before]``: the new axis as a linear function of the old one."""
     places = _places(_option(node, _COORDINATES, "half_pixel"), before, after, scale)
@@ -105,7 +116,7 @@ def _matrix(node: ir.Node, before: int, after: int, scale: float) -> Reals | Non
         return None
     mode = _option(node, "mode", "nearest")
     if mode == "nearest":
-        near = _ROUNDINGS[_option(node, "nearest_mode", "round_prefer_floor")](places)
+        near = _ROUNDINGS[_rounding(node)](places)
         return np.eye(before)[np.clip(near, 0, before - 1).astype(np.int64)]
     reach = min(scale, 1.0) if matcher.attribute(node, "antialias", 0) else 1.0
     radius = math.ceil((1 if mode == "linear" else 2) / reach)

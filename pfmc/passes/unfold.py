@@ -29,6 +29,9 @@ def reason(node: ir.Node) -> str:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and not matcher.is_constant(bias):
         return "convolution with a bias that is not constant"
+    groups, outputs = int(matcher.attribute(node, "group", 1)), weights.shape_of(kernel)[:1]
+    if groups < 1 or outputs[0] % groups:
+        return f"convolution in {groups} groups of {outputs[0]} channels"
     rank = len(weights.shape_of(kernel))
     return "" if rank in (3, 4, 5) else f"convolution with a kernel of rank {rank}"
 

@@ -69,7 +69,7 @@ def _widen_attributes(node: ir.Node) -> int:
     changed = 0
     for key, attribute in list(node.attributes.items()):
         if attribute.type == ir.AttributeType.INT and _is_type(node, key):
-            if ir.DataType(attribute.as_int()) in _HALVES:
+            if attribute.as_int() in _HALVES:
                 node.attributes[key] = ir.AttrInt64(key, ir.DataType.FLOAT)
                 changed += 1
         elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in _HALVES:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pfmc.errors import InputError
+from pfmc.ingest import load
 from pfmc.ir import check, vocabulary
 from pfmc.ir.vocabulary import Stage
 from pfmc.passes import pipeline, recipe
 
 from .conftest import make_session, run_model
-from .onenode import IDS, VOCABULARY, Weights, compare, normal, transformer, whole
+from .onenode import IDS, VOCABULARY, Weights, compare, normal, proto, transformer, whole
 
 SCALE, ZERO = np.array(0.05, np.float32), np.array(3, np.uint8)
 OUT, OUT_ZERO = np.array(0.1, np.float32), np.array(120, np.uint8)
@@ -118,6 +120,28 @@ def test_codes(domain: str, kind: Any, per_axis: bool, tmp_path: Path) -> None:
     feeds = {"x": whole(0, 100, 2, 3, 5, kind=kind)}
     compare(tmp_path, "DequantizeLinear", ["x", "s", "z"], feeds, weights, domain=domain,
             atol=0, **more)  # fmt: skip
+
+
+@pytest.mark.parametrize("wide", ["bs", "bz"])
+def test_a_scale_for_every_column_and_one_zero_point_or_the_reverse(
+    wide: str, tmp_path: Path
+) -> None:
+    single = {"bs": np.array(0.03, np.float32), "bz": np.array(2, np.int8)}
+    weights = {**columns(6), **{n: v for n, v in single.items() if n != wide}}
+    names, rows = ["x", "b", "s", "bs", "z", "bz"], {"s": SCALE, "z": ZERO}
+    compare(tmp_path, "MatMulIntegerToFloat", names, {"x": whole(0, 256, 2, 16)},
+            {**weights, **rows}, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [3, 0])
+def test_zero_points_that_do_not_fit_the_scales(count: int, tmp_path: Path) -> None:
+    weights = {**columns(6), "bz": np.ones(count, np.int8), "s": SCALE, "z": ZERO}
+    names = ["x", "b", "s", "bs", "z", "bz"]
+    model = proto("MatMulIntegerToFloat", names, {"x": whole(0, 256, 2, 16)}, weights, ["y"], {})
+    model.graph.output[0].type.tensor_type.elem_type = 1
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="do not fit each other"):
+        load(tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("mask", [False, True])

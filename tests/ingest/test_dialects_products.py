@@ -292,3 +292,26 @@ def test_what_is_refused(op: str, more: dict[str, Any], message: str, tmp_path: 
     names = ["x", "r", "w1", "", "w2"] if plain else ["x", "r", "w1", "s1", "", "w2", "s2"]
     feeds = {"x": normal(1, TOKENS, HIDDEN), "r": normal(TOKENS, EXPERTS)}
     _refused(op, names, feeds, weights, more, message, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32])
+def test_zero_points_of_a_type_that_no_kernel_reads(kind: Any, tmp_path: Path) -> None:
+    weights = {"B": whole(0, 256, 6, 4, 8), "s": normal(24), "z": np.zeros(12, kind)}
+    more = {"K": 64, "N": 6, "bits": 4, "block_size": 16}
+    _refused("MatMulNBits", ["x", *weights], {"x": normal(3, 64)}, weights, more,
+             "uint8 or floating-point", tmp_path)  # fmt: skip
+
+
+def test_bitsandbytes_of_floats_for_codes(tmp_path: Path) -> None:
+    weights = {"B": normal(128), "m": normal(16)}
+    more = {"K": 16, "N": 16, "block_size": 16, "quant_type": 1}
+    _refused("MatMulBnb4", ["x", *weights], {"x": normal(3, 16)}, weights, more, "must be uint8",
+             tmp_path)  # fmt: skip
+
+
+@pytest.mark.parametrize("zeros", [whole(0, 9, 5, 1), whole(0, 9, 4, 2), normal(4, 1)])
+def test_a_packed_table_with_zero_points_of_another_form(zeros: Any, tmp_path: Path) -> None:
+    weights = {"B": whole(0, 256, 4, 16), "s": normal(4, 1), "z": zeros}
+    more = {"bits": 4, "block_size": 32}
+    _refused("GatherBlockQuantized", ["B", "i", "s", "z"], {"i": np.zeros(2, np.int64)}, weights,
+             more, "zero points do not have", tmp_path)  # fmt: skip

@@ -15,6 +15,7 @@ from pfmc.ingest import load
 from pfmc.ingest.opset import CHANGES
 from pfmc.ir import provenance
 from pfmc.ir.vocabulary import OPSET
+from pfmc.lint import lint
 
 onnx = pytest.importorskip("onnx")
 make = onnx.helper
@@ -270,6 +271,51 @@ def test_what_an_upgrade_adds_in_a_function_has_the_call_as_source(
     assert {provenance.sources(n) for n in model.graph if "LogSoftmax" in str(n.name)} == {("n2",)}
     x = np.ones((2, 4), np.float32)
     np.testing.assert_allclose(np.exp(run_loaded(model, {"x": x})[0]).sum(1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "kind", "opset"),
+    [
+        ("ReduceSum", "axes", 7, 12), ("Softmax", "axis", 2, 12), ("Clip", "min", 1, 9),
+        ("Upsample", "mode", 3, 7), ("TopK", "k", 2, 9),
+    ],
+)  # fmt: skip
+def test_what_only_a_call_says_is_refused_where_it_must_be_read(
+    op: str, name: str, kind: int, opset: int, linear: Any, save: Callable[[Any], Path]
+) -> None:
+    """It was read as nothing: a crash, or a bound that is no number."""
+    node = make.make_node(op, ["a"], ["b", "i"] if op == "TopK" else ["b"])
+    if op == "Upsample":
+        node.attribute.append(make.make_attribute("scales", [1.0, 1.0]))
+    node.attribute.add(name=name, type=kind).ref_attr_name = "given"
+    function = make.make_function(
+        "local", "part", ["a"], ["b"], [node], [make.make_opsetid("", opset)], ["given"]
+    )
+    linear.functions.append(function)
+    value = {7: [1], 2: 1, 1: 0.5, 3: "nearest"}[kind]
+    call = make.make_node("part", ["sum"], ["y"], domain="local", given=value)
+    linear.graph.node[2].CopyFrom(call)
+    linear.opset_import.append(make.make_opsetid("local", 1))
+    del linear.graph.output[0].type.tensor_type.shape.dim[:]
+    linear.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(InputError, match=f"the calls of a function set its attribute '{name}'"):
+        load(save(linear))
+
+
+@pytest.mark.parametrize("value", [1e39, float("nan")])
+def test_a_bound_that_the_type_does_not_hold(
+    value: float, linear: Any, save: Callable[[Any], Path]
+) -> None:
+    """The types do not fit, and lint goes on to look for more."""
+    del linear.graph.node[:], linear.graph.initializer[:]
+    linear.graph.node.append(make.make_node("Clip", ["x"], ["y"], min=value))
+    linear.graph.input[0].type.tensor_type.elem_type = 7
+    linear.graph.output[0].CopyFrom(make.make_tensor_value_info("y", 7, None))
+    del linear.opset_import[:]
+    linear.opset_import.append(make.make_opsetid("", 9))
+    with pytest.raises(InputError, match="unsupported type"):
+        load(save(linear))
+    assert "unsupported type" in lint(save(linear)).to_text()
 
 
 def test_every_change_is_an_operator_of_the_standard() -> None:

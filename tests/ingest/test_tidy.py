@@ -150,3 +150,14 @@ def test_an_input_without_the_axes_that_its_operator_names(op: str, rank: int) -
     with pytest.raises(InputError, match=f"{rank} axes") as error:
         tidy.check_ranks(graph)
     assert error.value.where == "node 'n'"
+
+
+def test_a_convolution_whose_weight_has_another_rank() -> None:
+    """Found by the fuzzer: a pass read a kernel of three axes for an image of two."""
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", shape=ir.Shape(["batch", 3, 8, 8]), type=kind)
+    w = ir.Value(name="w", shape=ir.Shape([1, 32, 3, 8, 8]), type=kind)
+    node = ir.node("Conv", [x, w], name="n")
+    graph = ir.Graph([x, w], node.outputs, nodes=[node], opset_imports={"": 24}, name="g")
+    with pytest.raises(InputError, match=r"Conv of operands of \[4, 5\] axes"):
+        tidy.check_ranks(graph)

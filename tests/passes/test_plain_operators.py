@@ -141,3 +141,41 @@ def test_a_sequence_of_parts_is_a_split(lab: Any, sizes: np.ndarray) -> None:
     proto = _model(nodes, {"x": [2, 8]}, 2, sizes=sizes, one=np.asarray(1), last=np.asarray(2))
     model = _same(lab, proto, {"x": [2, 8]})
     assert lab.counts(model) == {"Split": 1, "Concat": 1}
+
+
+def _declined(lab: Any, proto: onnx.ModelProto) -> str:
+    model = ir.from_proto(proto)
+    provenance.stamp(model)
+    (declined,) = lab.apply(model, (PlainOperators(),))
+    return str(declined.reason)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "options", "reason"),
+    [
+        ({"to": np.asarray([1, 3, 0, 4])}, {}, "no points"),
+        ({"to": np.asarray([4, 4])}, {}, "one for each axis"),
+        ({"to": np.asarray([1, 3, 8, 8])}, {"mode": "sharp"}, "not known"),
+        ({"to": np.asarray([1, 3, 8, 8])}, {"nearest_mode": "up"}, "not known"),
+    ],
+)
+def test_a_resize_that_says_nothing_sensible_is_declined(
+    fixed: dict[str, Any], options: dict[str, Any], reason: str, lab: Any
+) -> None:
+    node = helper.make_node("Resize", ["x", "", "", "to"], ["y"], **options)
+    assert reason in _declined(lab, _model([node], {"x": [1, 3, 4, 4]}, **fixed))
+
+
+def test_an_einsum_of_labels_that_no_operand_has_is_declined(lab: Any) -> None:
+    node = helper.make_node("Einsum", ["x"], ["y"], equation="ij->ik")
+    assert "no operand has" in _declined(lab, _model([node], {"x": [3, 3]}, rank=2))
+
+
+@pytest.mark.parametrize("place", [2, -3])
+def test_a_part_that_a_sequence_does_not_have_is_declined(place: int, lab: Any) -> None:
+    nodes = [
+        helper.make_node("SplitToSequence", ["x", "size"], ["parts"], axis=1),
+        helper.make_node("SequenceAt", ["parts", "place"], ["y"]),
+    ]
+    fixed = {"size": np.asarray(2), "place": np.asarray(place)}
+    assert "does not have" in _declined(lab, _model(nodes, {"x": [2, 4]}, rank=2, **fixed))

@@ -75,3 +75,13 @@ def test_padding_left_to_the_runtime_is_declined(lab: Any, floats: Any) -> None:
     model = lab.make(text, w=floats(8, 4, 3))
     (declined,) = lab.same(model, [Linears()], {"x": floats(2, 4, 9)})
     assert "auto_pad" in declined.reason
+
+
+@pytest.mark.parametrize("groups", [0, -1, 3])
+def test_groups_that_do_not_divide_the_channels_are_declined(
+    groups: int, lab: Any, floats: Any
+) -> None:
+    text = f"(float[2,A,9] x) => (float[2,8,L] y) {{ y = Conv<group={groups}>(x, w) }}"
+    model = lab.make(text, w=floats(8, 4, 3))
+    (declined,) = lab.apply(model, [Linears()])
+    assert f"in {groups} groups of 8" in declined.reason
