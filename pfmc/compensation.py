@@ -252,7 +252,7 @@ def _factor(damped: Doubles, order: npt.NDArray[np.intp]) -> Doubles | None:
 def _inverse(lower: Doubles) -> Doubles:
     """Of a lower triangular matrix, by halves."""
     if len(lower) <= BLOCK:
-        return np.tril(np.linalg.inv(lower))
+        return np.asarray(np.tril(np.linalg.inv(lower)), np.float64)
     half = len(lower) // 2
     made = np.zeros_like(lower)
     made[:half, :half] = _inverse(lower[:half, :half])

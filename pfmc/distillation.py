@@ -136,6 +136,7 @@ class Run:
     processes: Processes
     progress: Progress
     began: float = field(default_factory=time.process_time)
+    loop_began: tuple[float, int] = (0.0, 0)
     stacks: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -289,6 +290,7 @@ class Run:
 
     def _loop(self, training: Training, path: Path) -> None:
         saved = time.process_time()
+        self.loop_began = saved, training.step
         with checkpoint.held_back() as stop:
             for _ in training.run(self._tell):
                 now = time.process_time()
@@ -302,15 +304,18 @@ class Run:
 
     def _tell(self, training: Training, figures: Figures) -> None:
         """One line after a judgement."""
-        spent = time.process_time() - self.began
-        left = spent / max(1, training.step) * (training.steps - training.step)
+        now, (start, first) = time.process_time(), self.loop_began
+        left = ""
+        if training.step > first:
+            each = (now - start) / (training.step - first)
+            left = f", {each * (training.steps - training.step):.0f} s left"
         shown = "  ".join(
             f"{'held-out' if k == 'loss' else k} {v:.4f}"
             for k, v in figures.items() if k not in ("step", "train")
         )  # fmt: skip
         self.progress(
             f"distill: step {training.step}/{training.steps}  loss {figures['train']:.4f}  {shown}"
-            f"  {spent:.0f} CPU s, {left:.0f} s left"
+            f"  {now - self.began:.0f} CPU s{left}"
         )
 
     # -- the result -----------------------------------------------------------------------------

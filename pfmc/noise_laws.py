@@ -66,10 +66,10 @@ class Curve:
     split: float = math.inf
     polynomial: tuple[float, ...] = ()
 
-    def __call__(self, x: Array, log: Array | None = None) -> Array:
+    def __call__(self, x: Array, log: Array = None) -> Array:
         """The curve at x; `log`: ln x if it is known."""
-        log = _ln(x) if log is None else log
-        below = (log * self.slope + self.offset).clip(self.low, self.high)
+        known = _ln(x) if log is None else log
+        below = (known * self.slope + self.offset).clip(self.low, self.high)
         if not self.polynomial:
             return below
         return below + (_horner(self.polynomial, x) - below) * (x >= self.split)
