@@ -85,6 +85,23 @@ def test_a_distilled_model_follows_its_teacher_better(
     assert set(made.fabric) >= {"model.norm.weight"}
 
 
+@pytest.mark.parametrize("target", ["rom", "crossbar", "optical"])
+def test_products_in_bfloat16_teach_nearly_the_same(
+    tiny: Path, tmp_path: Path, target: str
+) -> None:
+    """8 bits of mantissa: the first steps' losses agree to a few of them."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        settings = (*(THREE if target == "rom" else SHORT), f"distill.precision={precision}")
+        distil(tiny, tmp_path / precision, target, settings=settings, steps=8)
+        lines = (tmp_path / precision / "history.csv").read_text().splitlines()[1:]
+        losses[precision] = np.array([[float(v) for v in line.split(",")[1:3]] for line in lines])
+        weights = distilled.read(tmp_path / precision).records
+        assert all(np.isfinite(r.matrix.scale).all() for r in weights.values())
+    np.testing.assert_allclose(losses["bf16"][1:], losses["fp32"][1:], rtol=0.25)
+    assert not np.array_equal(losses["bf16"], losses["fp32"])
+
+
 def test_an_artifact_has_the_distilled_layers(tiny: Path, rom: Path, tmp_path: Path) -> None:
     made = distilled.read(rom)
     done = compile_model(tiny, tmp_path / "a.pfm", target="rom", settings=THREE, distilled=rom)
