@@ -57,8 +57,9 @@ def check_dims(dims: list[int], where: str) -> int:
     if negative:
         raise InputError(f"A tensor has the negative dimension {negative[0]}", where=where)
     elements = math.prod(dims)
-    if elements > MAX_ELEMENTS:
-        raise InputError(f"Dimensions {dims} are {elements} elements, too many", where=where)
+    sides = math.prod(d for d in dims if d)  # numpy has no empty array of longer sides
+    if sides > MAX_ELEMENTS:
+        raise InputError(f"Dimensions {dims} span {sides} elements, too many", where=where)
     return elements
 
 
