@@ -47,9 +47,10 @@ LEFT_OUT: dict[str, tuple[tuple[str, tuple[str, ...]], tuple[str, ...]]] = {
     "analog: all": (ANALOG, ()),
     "analog: no noise in training": (ANALOG, ("distill.noise=false",)),
     "analog: no clipping": (ANALOG, ("distill.clip_sigmas=0",)),
+    "analog: clipping at 1.6 deviations": (ANALOG, ("distill.clip_sigmas=1.6",)),
     "analog: converters from the start": (ANALOG, ("distill.converters_from=0",)),
     "analog: converters in the last step only": (ANALOG, ("distill.converters_from=0.997",)),
-    "analog: a fresh die every step": (ANALOG, ("distill.die_steps=1",)),
+    "analog: one die for four steps": (ANALOG, ("distill.die_steps=4",)),
     "analog: input steps fixed": (ANALOG, ("distill.inputs=false",)),
     "analog: norms, tables and biases fixed": (ANALOG, ("distill.fabric_lr=0",)),
 }

@@ -80,7 +80,7 @@ ROWS = {
     "bard3": Row(BARD, "rom", weights(3, 5e-4), 1.02),
     "bard2": Row(BARD, "rom", weights(2, 7e-4), 1.05),
     "noise5": Row(STORIES, "crossbar_gaussian5", analog(1.5e-3), 1.20),
-    "noise10": Row(STORIES, "crossbar_gaussian10", analog(1.5e-3), 1.70),
+    "noise10": Row(STORIES, "crossbar_gaussian10", analog(1.5e-3, clip=1.6), 1.70),
     "bard10": Row(BARD, "crossbar_gaussian10", analog(1e-3, clip=1.6), 1.03),
     "pcm": Row(STORIES, "crossbar", analog(1e-3, "distill.age_s=86400"), math.nan, DAY),
 }

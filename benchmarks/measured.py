@@ -76,7 +76,7 @@ def _corrected(r: Row, lost: float) -> Sequence[str]:
     return (
         r["model"], f"`{r['technology']}`, {r['age']}", r["base"], r["procedure"],
         f"{float(r['ratio_before']):.3f}", after,
-        f"{1 - float(r['excess_after']) / lost:.0%}", r["cpu_s"],
+        f"{1 - float(r['excess_after']) / lost:.1%}", r["cpu_s"],
     )  # fmt: skip
 
 
