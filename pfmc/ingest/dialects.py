@@ -127,6 +127,8 @@ def lower_node(low: Lowering) -> None:
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         why = f"its inputs and attributes do not fit each other: {error}"
         raise low.refuse(why, "export the model again") from error
+    except MemoryError as error:
+        raise low.refuse("what it holds is far too large", "export the model again") from error
 
 
 __all__ = ["LOWERINGS", "REASONS", "STANDARD", "PackedWeight", "lower", "lower_node", "unpack"]
