@@ -25,8 +25,7 @@ def _passed(gradient: Tensor, x: Tensor, limit: float) -> Tensor:
 class _Grid(torch.autograd.Function):
     """The nearest multiple of `step`, straight through inside the clipping range.
 
-    The step's gradient is that of (code - ratio) inside and of the code outside, so the sum of the
-    gradient times the code less that of the passed gradient times the ratio.
+    The step's gradient is (code - ratio) inside and the code outside, times the value's gradient.
     """
 
     @staticmethod
@@ -45,7 +44,8 @@ class _Grid(torch.autograd.Function):
         for_x = _passed(gradients[0], ratio, ctx.limit)
         if codes is None:
             return for_x, None, None, None
-        for_step = torch.addcmul(codes * gradients[0], ratio, for_x, value=-1)
+        outside = (gradients[0] - for_x).mul_(codes)
+        for_step = torch.addcmul(outside, codes - ratio, for_x)  # exactly 0 for values on the grid
         return for_x, for_step.sum_to_size(ctx.step_shape), None, None
 
 

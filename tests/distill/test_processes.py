@@ -63,7 +63,7 @@ def test_two_processes_are_one(tiny: Path, tmp_path: Path) -> None:
         assert process.returncode == 0, err[-3000:]
     assert json.loads(out)["steps"] == 5
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert two == pytest.approx(one, abs=1e-4)  # sums in another order flip a few codes
+        assert two == pytest.approx(one, abs=1e-5)
 
 
 def test_samples_are_shared_evenly_or_refused() -> None:
