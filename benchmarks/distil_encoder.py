@@ -23,9 +23,8 @@ from typing import Any
 
 from benchmarks import stsb
 from benchmarks.accuracy import SHARED
-from benchmarks.distil_figures import DAY, ROOT, analog, merge, weights
-from pfmc.compile import Options, compile_model
-from pfmc.distillation import Choices, distil_model
+from benchmarks.distil_figures import DAY, ROOT, analog, both, merge, weights
+from pfmc.compile import Options
 from pfmc.evaluation import evaluate
 
 OUT = ROOT / "docs" / "distil_encoder.csv"
@@ -69,23 +68,14 @@ def figure(name: str, row: Row, given: argparse.Namespace) -> dict[str, Any]:
     learned = given.folder / f"sentences-{SENTENCES}.npz"
     stsb.sentences_file(model, DATA / "sts-train.csv", learned, SENTENCES, LONGEST)
     options = Options(row.target, settings=row.settings, inputs=learned, force=True)
-    place = given.folder / f"{name}.distilled"
-    done = distil_model(
-        model, place, options=options, choices=Choices(seconds=given.seconds),
-        progress=lambda line: print(f"  {line}", flush=True) if "step" in line else None,
-    )  # fmt: skip
+    done, *made = both(name, model, options, given.folder, given.seconds)
     dies = tuple(range(1 if row.target == "rom" else given.dies))
-    found = {}
-    for state, distilled in (("before", None), ("after", place)):
-        made = given.folder / f"{name}-{state}.pfm"
-        compile_model(
-            model, made, target=row.target, settings=row.settings, inputs=learned, force=True,
-            distilled=distilled,
-        )  # fmt: skip
-        found[state] = evaluate(
-            made, pairs=DATA / "sts-test.csv", documents=given.pairs, dies=dies, age_s=row.age_s
+    before, after = (
+        evaluate(
+            path, pairs=DATA / "sts-test.csv", documents=given.pairs, dies=dies, age_s=row.age_s
         )
-    before, after = found["before"], found["after"]
+        for path in made
+    )
     cosine, rho = after[COSINE], after[RHO]
     numbers = {
         "cosine_before": before[COSINE].value, "cosine": cosine.value, "cosine_low": cosine.low,

@@ -31,7 +31,7 @@ from benchmarks.accuracy import BATCH, ROOT, SHARED, Subject, Truth, truth_of
 from pfmc import simulate
 from pfmc.compile import Options, compile_model
 from pfmc.distill import measure
-from pfmc.distillation import Choices, distil_model
+from pfmc.distillation import Choices, Distillation, distil_model
 from pfmc.targets.base import Die
 
 OUT = ROOT / "docs" / "distil_figures.csv"
@@ -122,25 +122,32 @@ def measured(artifact: Path, truth: Truth, dies: int, age_s: float) -> Found:
     return Found(np.stack(excess), float(np.mean(kl)), float(np.mean(top1)))
 
 
+def both(
+    name: str, model: Path, options: Options, folder: Path, seconds: float
+) -> tuple[Distillation, Path, Path]:
+    """Distils a model; the artifacts of what a compile makes without it and with it."""
+    place = folder / f"{name}.distilled"
+    done = distil_model(
+        model, place, options=options, choices=Choices(seconds=seconds),
+        progress=lambda line: print(f"  {line}", flush=True) if "step" in line else None,
+    )  # fmt: skip
+    made = []
+    for state, distilled in (("before", None), ("after", place)):
+        made.append(folder / f"{name}-{state}.pfm")
+        compile_model(
+            model, made[-1], target=options.target, settings=options.settings,
+            inputs=options.inputs, force=True, distilled=distilled,
+        )  # fmt: skip
+    return done, made[0], made[1]
+
+
 def figure(name: str, row: Row, folder: Path, seconds: float, dies: int) -> dict[str, Any]:
     """Distils, compiles and measures one row."""
     options = Options(target=row.target, settings=row.settings, force=True)
-    place = folder / f"{name}.distilled"
-    done = distil_model(
-        row.subject.path, place, options=options, choices=Choices(seconds=seconds),
-        progress=lambda line: print(f"  {line}", flush=True) if "step" in line else None,
-    )  # fmt: skip
+    done, *made = both(name, row.subject.path, options, folder, seconds)
     truth = truth_of(row.subject, None)
     count = 1 if row.target == "rom" else dies
-    found = {}
-    for state, distilled in (("before", None), ("after", place)):
-        made = folder / f"{name}-{state}.pfm"
-        compile_model(
-            row.subject.path, made, target=row.target, settings=row.settings, force=True,
-            distilled=distilled,
-        )  # fmt: skip
-        found[state] = measured(made, truth, count, row.age_s)
-    before, after = found["before"], found["after"]
+    before, after = (measured(path, truth, count, row.age_s) for path in made)
     recovered = 1 - after.excess.mean() / before.excess.mean()
     named = zip(COLUMNS[6:12], (*before.ratio(), *after.ratio()), strict=True)
     return {

@@ -36,7 +36,7 @@ from pfmc.distill.rule import backpropagation
 from pfmc.distill.rules.method import Method
 from pfmc.distill.student import IdealLinear, Student
 from pfmc.distill.teacher import Teacher
-from pfmc.distill.train import Figures, Training, load_state, steps_for
+from pfmc.distill.train import Figures, Training, load_state, steps_for, told
 from pfmc.distill.trainee import Trainee, build
 from pfmc.errors import UsageError
 from pfmc.hardware import FixedLinear
@@ -309,12 +309,8 @@ class Run:
         if training.step > first:
             each = (now - start) / (training.step - first)
             left = f", {each * (training.steps - training.step):.0f} s left"
-        shown = "  ".join(
-            f"{'held-out' if k == 'loss' else k} {v:.4f}"
-            for k, v in figures.items() if k not in ("step", "train")
-        )  # fmt: skip
         self.progress(
-            f"distill: step {training.step}/{training.steps}  loss {figures['train']:.4f}  {shown}"
+            f"distill: step {training.step}/{training.steps}  {told(figures)}"
             f"  {now - self.began:.0f} CPU s{left}"
         )
 

@@ -26,7 +26,7 @@ from pfmc.calibration.die import Bench, Data, require_noisy
 from pfmc.distill import checkpoint
 from pfmc.distill.side import Side
 from pfmc.distill.side_linear import SideTrainee, side_trainee
-from pfmc.distill.train import Figures, Training, steps_for
+from pfmc.distill.train import Figures, Training, steps_for, told
 from pfmc.errors import UsageError
 from pfmc.simulate import Machine
 from pfmc.targets.base import Die
@@ -195,13 +195,8 @@ class _Run:
 
     def _tell(self, training: Training, figures: Figures) -> None:
         spent = time.process_time() - self.began
-        shown = "  ".join(
-            f"{'held-out' if k == 'loss' else k} {v:.4f}"
-            for k, v in figures.items() if k not in ("step", "train")
-        )  # fmt: skip
         self.progress(
-            f"calibrate: step {training.step}/{training.steps}  loss {figures['train']:.4f}"
-            f"  {shown}  {spent:.0f} CPU s"
+            f"calibrate: step {training.step}/{training.steps}  {told(figures)}  {spent:.0f} CPU s"
         )
 
     def _notes(

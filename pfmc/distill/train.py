@@ -36,6 +36,15 @@ Enter = Callable[["Training"], None]
 _JUDGES = 1 << 40  # added to the seeds of dies that judge, so that training never meets them
 
 
+def told(figures: Figures) -> str:
+    """What the last judgement found, for one line of progress."""
+    shown = "  ".join(
+        f"{'held-out' if k == 'loss' else k} {v:.4f}"
+        for k, v in figures.items() if k not in ("step", "train")
+    )  # fmt: skip
+    return f"loss {figures['train']:.4f}  {shown}"
+
+
 @dataclass
 class Training:
     """A training under way; `run` carries it on from `step`.

@@ -118,8 +118,8 @@ class _Work:
         if not starts and not self._has_position_input():
             raise _RefusedError("the positions are not found: neither counted nor an input")
         stems = [f"{i}.{kind}" for i in range(len(self.attentions)) for kind in KINDS]
-        for role in ("past_key_values", "present"):
-            matcher.make_way(self.graph, (f"{role}.{stem}" for stem in stems))
+        roles = ("past_key_values", "present")
+        matcher.make_way(self.graph, (f"{role}.{stem}" for role in roles for stem in stems))
         for i, node in enumerate(self.attentions):
             self._remember(i, node, queries)
         self._lengthen(padding, queries)
