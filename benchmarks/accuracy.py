@@ -200,7 +200,7 @@ def stsb_rows(folder: Path, pairs: int, model: Path | None) -> Iterator[Row]:
     path = model or stsb.export(folder / "minilm")
     data, count = SHARED / "data" / "stsbenchmark", stsb.CALIBRATION_SENTENCES
     calibration = stsb.sentences_file(
-        path, data / "sts-train.csv", folder / "calibration.npz", count
+        path, [data / "sts-train.csv"], folder / "calibration.npz", count
     )
     task = stsb.task(path, data / "sts-test.csv", pairs)
     with Oracle(path) as oracle:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ Array = npt.NDArray[Any]
 OUTPUT = "token_vectors"  # "embedding" collides with an inner value of torch's exporter
 INPUTS = ("input_ids", "attention_mask")
 CALIBRATION_SENTENCES, LONGEST = 128, 128
+MOST = 7000  # sentences of one file: wide text is worth more than much of a kind
 
 
 def export(folder: Path) -> Path:
@@ -63,15 +66,29 @@ def task(model: Path, path: Path, count: int) -> Embedding:
     return Embedding(chosen, tokenizer, LONGEST, INPUTS, OUTPUT, f"{path} {count}")
 
 
-def sentences_file(model: Path, path: Path, out: Path, count: int, longest: int = LONGEST) -> Path:
-    """`count` sentences of the file as graph inputs, drawn by seed 0, cut at `longest` tokens."""
-    sentences = read_pairs(path).sentences
-    drawn = np.random.default_rng(0).permutation(len(sentences))[:count]
+def sentences_file(
+    model: Path, paths: Sequence[Path], out: Path, count: int, longest: int = LONGEST
+) -> Path:
+    """`count` sentences of the files as graph inputs, drawn by seed 0, cut at `longest` tokens."""
+    rng = np.random.default_rng(0)
+    each = [list(dict.fromkeys(sentences_of(path))) for path in paths]
+    sentences = [s[i] for s in each for i in rng.permutation(len(s))[:MOST]]
+    drawn = rng.permutation(len(sentences))[:count]
     tokenizer = load_tokenizer(model.parent / "tokenizer.json")
     lines = tokenizer.encode_lines([sentences[i] for i in drawn], longest)
     arrays: dict[str, Any] = padded(lines, INPUTS)
     np.savez(out, **arrays)
     return out
+
+
+def sentences_of(path: Path) -> Iterator[str]:
+    """The sentences of a file of pairs, or of a text."""
+    if path.suffix == ".csv":
+        yield from read_pairs(path).sentences
+        return
+    for line in path.read_text(encoding="utf-8").replace("<unk>", "").splitlines():
+        parts = re.split(r"(?<=[.!?]) +", line.strip())
+        yield from (p for p in parts if p.count(" ") > 2 and not p.startswith("="))
 
 
 def judged(chosen: Embedding, measured: Measured) -> dict[str, float]:

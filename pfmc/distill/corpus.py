@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from pfmc.distill.calibrate import fitting_length, is_causal
 from pfmc.distill.course import Course
-from pfmc.distill.drive import Drive, detect
+from pfmc.distill.drive import Drive, detect, size_of
 from pfmc.distill.feeds import batches, batches_of_file, is_ids
 from pfmc.distill.generate import Decoder
 from pfmc.distill.lessons import Language, Lesson, Vectors, outputs_that_count
@@ -218,4 +218,11 @@ def _vectors(
     mask = next((k for k, v in found.items() if "mask" in k and v.ndim == 2), "")
     teach = {k: v[:rows] for k, v in found.items()}
     judged = {k: v[count - judge :] for k, v in found.items()}
-    return Vectors(teach, judged, scores, vectors, mask)
+    return Vectors(teach, judged, scores, vectors, mask, _is_padded(model, found, mask))
+
+
+def _is_padded(model: ir.Model, found: Mapping[str, Array], mask: str) -> bool:
+    """Whether all inputs are ``[N, S]`` like the mask, with a length that is free."""
+    if not mask or any(v.shape != found[mask].shape for v in found.values()):
+        return False
+    return all(size_of(v, 1) is None for v in model.graph.inputs if v.name in found)

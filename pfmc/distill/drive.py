@@ -52,7 +52,7 @@ class Drive:
     vocabulary: int
 
 
-def _size(value: ir.Value, axis: int) -> int | None:
+def size_of(value: ir.Value, axis: int) -> int | None:
     """The fixed size of an axis; None if it is symbolic (a numeric name counts as fixed)."""
     if value.shape is None:
         return None
@@ -90,7 +90,7 @@ def _memories(graph: ir.Graph) -> tuple[Memory, ...]:
             f"the model has {len(pasts)} past inputs and {len(presents)} present outputs",
             mend="export it with one present output for each past input",
         )
-    fixed = next((v for v in pasts if _size(v, 2) is not None), None)
+    fixed = next((v for v in pasts if size_of(v, 2) is not None), None)
     if fixed is not None:
         raise UsageError(
             f"KV memory {fixed.name!r} has a fixed length", mend="export it with a free past length"
@@ -112,7 +112,7 @@ def _role(value: ir.Value) -> tuple[int, str] | None:
 
 
 def _required(value: ir.Value, axis: int) -> int:
-    size = _size(value, axis)
+    size = size_of(value, axis)
     if size is None:
         raise UsageError(
             f"KV memory {value.name!r} has no fixed size on axis {axis}",
@@ -148,7 +148,7 @@ def find_logits(graph: ir.Graph, rows: int | None) -> tuple[str, int]:
     outputs = [v for v in graph.outputs if v.dtype in _FLOATS and _rank(v) in (3, -1)]
     outputs.sort(key=lambda v: v.name != "logits")
     for value in outputs:
-        width = _size(value, 2) if _rank(value) == 3 else rows
+        width = size_of(value, 2) if _rank(value) == 3 else rows
         width = rows if width is None else width
         if width is not None and (rows is None or width >= rows):
             return value.name or "", rows or width
@@ -188,7 +188,7 @@ def detect(model: ir.Model) -> Drive:
         types="" if types is None else types.name or "",
         logits=logits,
         memories=memories,
-        batch=_size(ids, 0),
-        length=_size(ids, 1),
+        batch=size_of(ids, 0),
+        length=size_of(ids, 1),
         vocabulary=vocabulary,
     )

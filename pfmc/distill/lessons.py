@@ -25,6 +25,8 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Outputs = Mapping[str, Tensor]
 
+_NEAR = 32  # batches whose samples are sorted by length: less padding, order still by chance
+
 
 class Lesson(Protocol):
     """The samples of one kind of model."""
@@ -37,6 +39,11 @@ class Lesson(Protocol):
     @property
     def held_out(self) -> int:
         """How many samples are kept for judging."""
+        ...
+
+    @property
+    def lengths(self) -> Array | None:
+        """Positions of each sample, if samples are fed without the padding that none needs."""
         ...
 
     def feeds(self, rows: Sequence[int], held_out: bool = False) -> Feeds:
@@ -79,6 +86,11 @@ class Language:
         """Windows kept for judging."""
         return len(self.judge)
 
+    @property
+    def lengths(self) -> None:
+        """Windows are all as long."""
+        return None
+
     def feeds(self, rows: Sequence[int], held_out: bool = False) -> Feeds:
         """See `Lesson.feeds`."""
         return text_feed(self.drive, (self.judge if held_out else self.ids)[np.asarray(rows)])
@@ -115,7 +127,8 @@ class Vectors:
     Attributes:
         inputs: by graph input, one row a sample; judge: the same to judge by.
         scores: outputs that are scores ``[..., V]``; vectors: outputs that are vectors.
-        mask: graph input that says where tokens are, or "".
+        mask: graph input ``[N, S]`` that says where tokens are, or "".
+        padded: whether what follows the last token of a batch is padding that can be left away.
     """
 
     inputs: Feeds
@@ -123,6 +136,7 @@ class Vectors:
     scores: tuple[str, ...]
     vectors: tuple[str, ...]
     mask: str = ""
+    padded: bool = False
 
     @property
     def rows(self) -> int:
@@ -137,7 +151,16 @@ class Vectors:
     def feeds(self, rows: Sequence[int], held_out: bool = False) -> Feeds:
         """See `Lesson.feeds`."""
         index = np.asarray(rows)
-        return {k: v[index] for k, v in (self.judge if held_out else self.inputs).items()}
+        found = {k: v[index] for k, v in (self.judge if held_out else self.inputs).items()}
+        if not self.padded:
+            return found
+        longest = int(_lengths(found[self.mask]).max())
+        return {k: v[:, :longest] for k, v in found.items()}
+
+    @property
+    def lengths(self) -> Array | None:
+        """Up to the last token of each sample."""
+        return _lengths(self.inputs[self.mask]) if self.padded else None
 
     def keep(self, outputs: Outputs) -> dict[str, Tensor]:
         """Probabilities of scores, and vectors as they are."""
@@ -175,6 +198,28 @@ class Vectors:
 
     def _mask(self, feeds: Feeds) -> Tensor | None:
         return torch.as_tensor(feeds[self.mask]) != 0 if self.mask else None
+
+
+def _lengths(mask: Array) -> Array:
+    """Positions up to the last that counts, int64 ``[N]``, at least one."""
+    places = np.arange(1, mask.shape[1] + 1)
+    return np.asarray(np.where(mask != 0, places, 1).max(axis=1))
+
+
+def order_of(lesson: Lesson, batch: int, rng: np.random.Generator) -> Array:
+    """The samples of an epoch in the order of their batches, int64 ``[rows]``.
+
+    Where lengths differ, samples of like length share a batch: those of `_NEAR` batches are sorted,
+    and the whole batches shuffled. The last, incomplete batch stays last.
+    """
+    order, lengths = rng.permutation(lesson.rows), lesson.lengths
+    if lengths is None:
+        return order
+    groups = np.array_split(order, range(batch * _NEAR, len(order), batch * _NEAR))
+    order = np.concatenate([g[np.argsort(lengths[g], kind="stable")] for g in groups])
+    whole = len(order) // batch * batch
+    batches = rng.permutation(order[:whole].reshape(-1, batch))
+    return np.concatenate([batches.ravel(), order[whole:]])
 
 
 def outputs_that_count(model: ir.Model) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from pfmc.distill.lessons import Lesson
+from pfmc.distill.lessons import Array, Lesson
 from pfmc.distill.student import Student
 
 REMEMBERED_BYTES = 512 << 20
@@ -25,14 +26,13 @@ class Teacher:
 
     def __init__(self, student: Student, lesson: Lesson, batch: int) -> None:
         self.student, self.lesson, self.batch = student.eval(), lesson, batch
-        self._known: dict[str, Tensor] | None = None
+        self._known: dict[str, list[Tensor]] | None = None
 
     @torch.no_grad()
     def ask(self, rows: Sequence[int], held_out: bool = False) -> dict[str, Tensor]:
         """What the lesson keeps of the answers to samples by number."""
         if self._known is not None and not held_out:
-            index = torch.as_tensor(list(rows))
-            return {k: v[index] for k, v in self._known.items()}
+            return {k: pad_sequence([v[r] for r in rows], True) for k, v in self._known.items()}
         return self._fresh(rows, held_out)
 
     def _fresh(self, rows: Sequence[int], held_out: bool) -> dict[str, Tensor]:
@@ -42,20 +42,28 @@ class Teacher:
     def remember(self, uses: int) -> bool:
         """Keeps all answers if each is wanted more than once and they fit; says whether.
 
-        They are asked for in order, so that they do not depend on which are needed first.
+        They are asked for in order, so that they do not depend on which are needed first; padding
+        is not kept.
 
         Args:
             uses: samples that will be asked for, repeated ones counted.
         """
-        count = self.lesson.rows
+        count, lengths = self.lesson.rows, self.lesson.lengths
         first = self._fresh(range(min(self.batch, count)), False)
         size = sum(v.element_size() * v[0].numel() for v in first.values()) * count
+        if lengths is not None:
+            size = int(size / lengths[: self.batch].max() * lengths.mean())
         if uses <= count or size > REMEMBERED_BYTES:
             return False
-        known = {k: v.new_empty((count, *v.shape[1:])) for k, v in first.items()}
+        self._known = {name: [] for name in first}
         for start in range(0, count, self.batch):
             rows = range(start, min(start + self.batch, count))
-            for name, value in self._fresh(rows, False).items():
-                known[name][start : start + len(rows)] = value
-        self._known = known
+            for name, values in self._fresh(rows, False).items():
+                for row, value in zip(rows, values, strict=True):
+                    self._known[name].append(_unpadded(value, lengths, row))
         return True
+
+
+def _unpadded(value: Tensor, lengths: Array | None, row: int) -> Tensor:
+    """One sample's answer, vectors ``[S, D]`` up to its length."""
+    return value if lengths is None or value.ndim < 2 else value[: lengths[row]].clone()

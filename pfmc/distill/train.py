@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pfmc.distill.course import Course
-from pfmc.distill.lessons import Lesson
+from pfmc.distill.lessons import Lesson, order_of
 from pfmc.distill.losses import inner_error
 from pfmc.distill.processes import Processes
 from pfmc.distill.rule import Rule, Step, backpropagation
@@ -180,10 +180,10 @@ class Training:
         return tuple(lambda part=part: self._loss(part) * (len(part) / count) for part in cut)
 
     def rows(self, step: int) -> list[int]:
-        """The samples of `step`: a permutation of all for each epoch."""
+        """The samples of `step`: each once in an epoch."""
         count, batch = self.lesson.rows, min(self.course.batch, self.lesson.rows)
         epoch, place = divmod(step, count // batch)
-        order = np.random.default_rng(self._seed("order", epoch)).permutation(count)
+        order = order_of(self.lesson, batch, np.random.default_rng(self._seed("order", epoch)))
         return [int(i) for i in order[place * batch : (place + 1) * batch]]
 
     def _loss(self, rows: Sequence[int]) -> Tensor:
