@@ -76,6 +76,8 @@ def read(softmax: ir.Node, known: Shapes) -> Site:
     moves = _between(scores.product.inputs[1], k) + _between(v, value)
     nodes = (*scores.nodes, *joining, softmax, *behind, product)
     scale = scores.scale * q_scale * k_scale
+    if scale == 0 or not math.isfinite(scale):
+        raise RefusedError(f"its scores are scaled by {scale:g}")
     return Site(scores, product.outputs[0], product, nodes, q, k, value, perm, scale, moves, sink)
 
 
@@ -162,7 +164,7 @@ def _strip_scale(value: ir.Value | None) -> tuple[ir.Value | None, float]:
         if right is not None and right != 0:
             scale = scale * right if node.op_type == "Mul" else scale / right
             value = node.inputs[0]
-        elif left is not None:
+        elif left is not None and left != 0:
             scale, value = scale * left, node.inputs[1]
         else:
             return value, scale

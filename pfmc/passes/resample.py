@@ -15,6 +15,7 @@ from pfmc.ir.shapes import Shapes
 
 Reals = npt.NDArray[np.floating[Any]]
 
+_MOST = 1 << 24  # elements of an axis's matrix; an image of 4,096 points a side
 _UNKNOWN = "an image of unknown size: export with a fixed size"
 
 
@@ -37,6 +38,8 @@ def spell(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
         return "a mode that is not known"
     if any(after < 1 for _, _, after, _ in steps):
         return "an axis to no points"
+    if any(before * after > _MOST for _, before, after, _ in steps):
+        return "an axis to too many points"
     work = _Work(node)
     for axis, before, after, scale in steps:
         matrix = _matrix(node, before, after, scale)

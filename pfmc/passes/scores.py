@@ -105,7 +105,7 @@ def _read_scaling(node: ir.Node) -> Scores | None:
         if (tanh := matcher.producer(node.inputs[inner], "Tanh")) is not None:
             return _read_softcap(node, tanh, number)
         found = read_scores(node.inputs[inner])
-        if found is None or found.softcap or (found.masks and number <= 0):
+        if found is None or found.softcap or number == 0 or (found.masks and number < 0):
             return None
         times = number if node.op_type == "Mul" else 1.0 / number
         masks = tuple(replace(m, factor=m.factor * times) for m in found.masks)

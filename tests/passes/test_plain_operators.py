@@ -111,6 +111,19 @@ def test_resize_to_an_unknown_size_is_declined(lab: Any) -> None:
     assert "unknown size" in declined.reason
 
 
+@pytest.mark.parametrize(
+    ("scale", "why"), [(1e7, "too many points"), (0.0, "no points"), (-1.0, "no points")]
+)
+@pytest.mark.parametrize("kind", ["half_pixel_symmetric", "half_pixel"])
+def test_resize_by_a_strange_scale_is_declined(lab: Any, scale: float, why: str, kind: str) -> None:
+    options = {"mode": "cubic", "antialias": 1, "coordinate_transformation_mode": kind}
+    node = helper.make_node("Resize", ["x", "", "to"], ["y"], **options)
+    model = ir.from_proto(_model([node], {"x": [1, 3, 8, 8]}, to=np.float32([1, 1, scale, 1])))
+    provenance.stamp(model)
+    (declined,) = lab.apply(model, (PlainOperators(),))
+    assert why in declined.reason
+
+
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_group_normalization(lab: Any, groups: int) -> None:
     node = helper.make_node("GroupNormalization", ["x", "s", "b"], ["y"], num_groups=groups)

@@ -96,6 +96,27 @@ def test_scalings(lab: Any, floats: Floats, scaling: str) -> None:
     assert node.metadata_props["pfmc.mask"] == "none"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "p = MatMul(q, kt) s = Div(p, f0)",
+        "p = MatMul(q, kt) s = Mul(p, f0)",
+    ],
+)
+def test_scores_scaled_by_nothing_stay_in_pieces(lab: Any, floats: Floats, text: str) -> None:
+    model = _model(lab, f"{KT} {text} w = Softmax<axis=-1>(s) y = MatMul(w, v)")
+    lab.apply(model, PASSES)
+    assert "Attention" not in lab.counts(model)
+
+
+@pytest.mark.parametrize("product", ["Mul(q, f0)", "Mul(f0, q)"])
+def test_a_query_scaled_by_nothing_stays_so(lab: Any, floats: Floats, product: str) -> None:
+    body = f"{KT} h = {product} s = MatMul(h, kt) w = Softmax<axis=-1>(s) y = MatMul(w, v)"
+    model = _model(lab, body)
+    lab.same(model, PASSES, _feeds(floats))
+    assert lab.counts(model) == {"Mul": 1, "Attention": 1}
+
+
 def test_guard_against_nan_goes(lab: Any, floats: Floats) -> None:
     body = (
         f"{KT} s = MatMul(q, kt) w = Softmax<axis=-1>(s) t = IsNaN(w) u = Where(t, f0, w)"
