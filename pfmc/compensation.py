@@ -38,7 +38,8 @@ BLOCK = 128
 ROUNDS = 3
 """How often scales and codes are improved in turn."""
 
-_OUTPUTS = 1024  # worked on at a time: bounds the memory to a few [in, 1024] float64 arrays
+_OUTPUTS = 1024  # worked on at a time, fewer where inputs are many
+_HELD = 1 << 20  # numbers of one of the dozen float64 arrays of them
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def compensate(
     codes, scale = start[0].copy(), start[1].copy()
     problem = _Problem.of(second, form, group)
     total = before = after = kept = 0.0
-    for first in range(0, weight.shape[1], _OUTPUTS):
-        part = slice(first, first + _OUTPUTS)
+    width = max(128, min(_OUTPUTS, _HELD // max(1, len(weight))))
+    for first in range(0, weight.shape[1], width):
+        part = slice(first, first + width)
         wide = weight[:, part].astype(np.float64)
         old = _Rounded(codes[:, part].astype(np.float64), scale[:, part].astype(np.float64))
         clip = problem.error(wide, old)

@@ -52,8 +52,10 @@ class Seen:
             return ASYMMETRY_DAMPING
         return ASYMMETRY_DAMPING + len(self.moment) / self.samples
 
-    def target(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def target(self, weight: npt.NDArray[Any], spare: bool = False) -> npt.NDArray[Any]:
         """The matrix that gives the float outputs from rounded inputs best; `weight` if unknown.
+
+        A `spare` float32 weight is overwritten by it.
 
         ``W + (C̃ + λI)^-1 (D - C̃) W`` with ``D = X̃^T X``: the least-squares answer to
         ``|X W - X̃ Z|² + λ|W - Z|²`` (the correction of GPTAQ arXiv:2504.02692 and Qronos
@@ -70,7 +72,7 @@ class Seen:
             return weight
         if not np.isfinite(shift).all():
             return weight
-        moved = np.empty(weight.shape, np.float32)
+        moved = weight if spare else np.empty(weight.shape, np.float32)
         for start in range(0, weight.shape[1], _COLUMNS):  # one copy in memory, no wider ones
             part = weight[:, start : start + _COLUMNS].astype(np.float64)
             moved[:, start : start + _COLUMNS] = part + shift @ part
@@ -101,6 +103,7 @@ def round_layer(
     search: Search,
     seen: Seen | None = None,
     progress: Callable[[str], None] | None = None,
+    spare: bool = False,
 ) -> QuantisedMatrix:
     """Rounds ``weight[in, out]``; never worse on `seen` than plain rounding.
 
@@ -113,6 +116,7 @@ def round_layer(
         search: the strongest search to try.
         seen: calibration; without it clipping is judged on the weights alone.
         progress: takes a line if something asked for cannot be done.
+        spare: whether `weight`, float32, may be overwritten: large ones then need no copy.
 
     Returns:
         codes, scales, the name of the search that won, and the errors of all that were tried.
@@ -121,19 +125,23 @@ def round_layer(
         InputError: the matrix holds NaN or infinity.
     """
     seen = seen or Seen()
-    goal = seen.target(weight)
+    judge = _Judge(weight, seen)
+    goal = judge.goal = seen.target(weight, spare)
     form = form.bound(goal)
     group = form.block or group
-    judge = _Judge(weight, goal, seen)
     tried: list[_Tried] = []
     if search == "plain" or judge.knows:
         tried.append(_rounded(goal, form, group, "plain", seen, judge))
     if search != "plain":
         tried.append(_rounded(goal, form, group, "clip", seen, judge))
-    if search in ("compensate", "learned"):
-        tried += _compensated(goal, form, group, seen, judge, tried[-1], progress)
-    best = min(tried, key=lambda t: t.error)  # the first, so plain, on equality
     found = {f"{t.name}_error_relative": t.error for t in tried if judge.knows}
+    if search in ("compensate", "learned"):
+        if tried[0].error > tried[-1].error:
+            del tried[0]
+        more = _compensated(goal, form, group, seen, judge, tried[-1], progress)
+        found |= {f"{t.name}_error_relative": t.error for t in more}
+        tried += more
+    best = min(tried, key=lambda t: t.error)  # the first, so plain, on equality
     tried.clear()
     if judge.knows:
         found["code_error_relative"] = best.error
@@ -177,9 +185,9 @@ def _compensated(
 class _Judge:
     """Errors relative to the layer's output power, by what is known of its inputs."""
 
-    def __init__(self, weight: npt.NDArray[Any], goal: npt.NDArray[Any], seen: Seen) -> None:
-        self.goal, self.moment = goal, seen.moment
-        self.power = seen.power
+    def __init__(self, weight: npt.NDArray[Any], seen: Seen) -> None:
+        self.goal = weight
+        self.moment, self.power = seen.moment, seen.power
         self.knows = seen.moment is not None or seen.power is not None
         self.output = self._form(np.asarray(weight)) if self.knows else 1.0
 

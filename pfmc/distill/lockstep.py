@@ -156,10 +156,11 @@ class Lockstep:
         return self._last.get(slot, -1) > index
 
     def forget(self, index: int) -> None:
-        """Lets go of the values that no step after `index` reads."""
+        """Lets go of the values and constants that no step after `index` reads."""
         step = self.program.steps[index]
         for slot in (*step.inputs, *step.outputs):
             if slot >= 0 and self._last.get(slot, -1) <= index:
+                self.program.device.pop(slot, None)  # an embedding table, say
                 for part in (self.streams.common, self.streams.exact, self.streams.rounded):
                     for slots in part:
                         slots.pop(slot, None)

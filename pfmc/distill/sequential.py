@@ -23,6 +23,7 @@ from pfmc.distill.learned import LatentLinear, Learning, tune
 from pfmc.distill.lockstep import LARGEST_BLOCK, Block, Lockstep, call
 from pfmc.errors import InputError
 from pfmc.hardware import LayerStatistics, QuantisedMatrix
+from pfmc.ir import stored
 from pfmc.layer_rounding import LayerPlan, Seen, round_layer
 
 _COLUMNS = 2048  # outputs summed at a time
@@ -151,16 +152,17 @@ class _Solver:
         plan = self.plan.of(step.linear)
         self._look(step.inputs[0], exact, rounded, plan)
         self._note(step.linear, exact, weight)
-        matrix = None if plan is None else self._solved(step.linear, weight, plan)
-        held = weight if matrix is None else _weights(matrix)
         self._write(index, exact, weight, bias, None, False)
-        self._write(index, rounded, held, bias, self.converters.get(step.linear), True)
-        if matrix is not None:
+        if plan is not None:
+            matrix = self._solved(step.linear, weight, plan, spare=not hold)
             self.moved = True
-            self.found[step.linear] = (matrix, weight if hold else np.zeros(0, np.float32))
-            if not hold:
+            if hold:
+                self.found[step.linear] = (matrix, weight)
+            else:
                 self.keep(step.linear, matrix)
-                self.found.clear()
+            del weight  # overwritten, and not held beside the rounded one
+            weight = _weights(matrix)
+        self._write(index, rounded, weight, bias, self.converters.get(step.linear), True)
         self.lock.forget(index)
         _release(node)
 
@@ -176,13 +178,13 @@ class _Solver:
         for slots, x in zip(own, xs, strict=True):
             slots[slot] = torch.matmul(x if convert is None else convert(x), matrix) + offset
 
-    def _solved(self, name: str, weight: Array, plan: LayerPlan) -> QuantisedMatrix:
+    def _solved(self, name: str, weight: Array, plan: LayerPlan, spare: bool) -> QuantisedMatrix:
         assert self.shared is not None
         self.progress(f"round: {name}")
         try:
             return round_layer(
                 weight, plan.form, plan.group, plan.search, self.shared.seen,
-                lambda text: self.progress(f"round: {name}: {text}"),
+                lambda text: self.progress(f"round: {name}: {text}"), spare,
             )  # fmt: skip
         except InputError as error:
             raise InputError(error.what, where=f"{name}, {error.where}", mend=error.mend) from error
@@ -262,13 +264,13 @@ class _Solver:
     def _learned(self, block: Block) -> None:
         lock = self.lock
         start = [{**c, **r} for c, r in zip(lock.streams.common, lock.streams.rounded, strict=True)]
+        steps = lock.program.steps[block.start : block.stop]
+        held = [lock.constants(s) for s in steps]
         self._steps(block)
         results = [s for s in block.results if isinstance(lock.streams.exact[0].get(s), Tensor)]
         targets = [[_tensor(own[s]) for s in results] for own in lock.streams.exact]
         latents = {n: self._latent(n) for n in self.found if self._is_learned(n)}
         fixed = {n: self._fixed(n) for n in block.linears if n not in latents}
-        steps = lock.program.steps[block.start : block.stop]
-        held = [lock.constants(s) for s in steps]
 
         def forward(number: int, linears: Mapping[str, nn.Module]) -> list[Tensor]:
             slots = dict(start[number])
@@ -350,6 +352,7 @@ def _arrays(node: ir.Node) -> tuple[Array, Array]:
             raise InputError("a fixed linear whose weight is no constant", where=str(node.name))
         array = np.ascontiguousarray(value.const_value.numpy(), np.float32)
         made.append(array if array.flags.writeable else array.copy())
+        stored.release(stored.numbers(value))
     return made[0], made[1]
 
 
