@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -316,6 +317,8 @@ class Guard:
                 what = "An attribute refers to a function, outside of any"
             elif node.op_type == "GatherND" and _counts_backwards(attribute):
                 what = "batch_dims of a GatherND is negative or unknown: shape inference crashes"
+            elif node.op_type == "Einsum" and _is_no_equation(attribute):
+                what = "The equation of an Einsum is malformed or unknown: shape inference hangs"
             elif attribute.type not in _ATTRIBUTES:
                 what = f"Attribute {attribute.name!r} is of a kind that is not read"
             if what:
@@ -358,6 +361,16 @@ class Guard:
 def _counts_backwards(attribute: onnx.AttributeProto) -> bool:
     """Whether onnx 1.23, which reads this attribute unchecked, could end the process on it."""
     return attribute.name == "batch_dims" and (attribute.i < 0 or bool(attribute.ref_attr_name))
+
+
+_EQUATION = re.compile(rb"T(,T)*(->T)?".replace(b"T", rb"[A-Za-z ]*(\.\.\.)?[A-Za-z ]*"))
+
+
+def _is_no_equation(attribute: onnx.AttributeProto) -> bool:
+    """Whether onnx 1.23, which looks for the next letter for ever, could hang on it."""
+    if attribute.name != "equation":
+        return False
+    return bool(attribute.ref_attr_name) or _EQUATION.fullmatch(attribute.s) is None
 
 
 def _first_surplus(node: onnx.NodeProto, function: onnx.FunctionProto) -> str:

@@ -16,10 +16,13 @@ def add_initialiser(
     graph: ir.Graph, name: str, tensor: ir.TensorProtocol, metadata: Mapping[str, str] | None = None
 ) -> ir.Value:
     """Adds a constant under `name`, or under ``name.1``, ``name.2`` … if that is taken."""
-    unique, number = name, 0
+    numbers: dict[str, int] = graph.meta.setdefault(_NUMBERS, {})
+    number = numbers.get(name, 0)  # where the last search for a free number ended
+    unique = f"{name}.{number}" if number else name
     while unique in graph.initializers:
         number += 1
         unique = f"{name}.{number}"
+    numbers[name] = number
     value = ir.Value(
         name=unique, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
     )
@@ -71,6 +74,7 @@ def take_place(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
 
 
 _NAMES = "pfmc.names"
+_NUMBERS = "pfmc.numbers"
 
 
 def unique_name(graph: ir.Graph, stem: str) -> str:
@@ -99,9 +103,7 @@ def make_way(graph: ir.Graph, names: Iterable[str]) -> None:
     """
     wanted = set(names)
     inner = (v for node in graph for v in node.outputs)
-    bearers = [
-        v for v in (*graph.inputs, *graph.initializers.values(), *inner) if v.name in wanted
-    ]
+    bearers = [v for v in (*graph.inputs, *graph.initializers.values(), *inner) if v.name in wanted]
     for value in bearers:
         value.metadata_props.setdefault(vocabulary.KEY_VALUE, str(value.name))
         value.name = unique_name(graph, f"{value.name}:renamed")

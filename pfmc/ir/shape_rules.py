@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
 import onnx_ir as ir
@@ -93,11 +94,20 @@ def _reshape(shapes: Shapes, node: ir.Node) -> Found:
         return None if any(d in (-1, 0) for d in target) else [target]
     found = [dims[i] if d == 0 and keep and i < len(dims) else d for i, d in enumerate(target)]
     if -1 in found:
-        known = product(d for d in found if d != -1)
-        rest = divide(product(dims), known) if known != 0 else None
+        given = tuple(d for d in found if d != -1)
+        few = _are_few(dims) and _are_few(given)
+        rest = divide(product(dims), product(given)) if few and 0 not in given else None
         name = f"{node.outputs[0].name}[{found.index(-1)}]"
         found[found.index(-1)] = symbol(name) if rest is None else rest
     return [tuple(found)]
+
+
+_MOST_TERMS = 256
+
+
+def _are_few(dims: Dims) -> bool:
+    """Whether the product of `dims`, each a sum of terms, can be written out."""
+    return prod(len(d.terms) for d in dims if isinstance(d, Poly)) <= _MOST_TERMS
 
 
 def _expand(shapes: Shapes, node: ir.Node) -> Found:
@@ -192,7 +202,9 @@ def _top_k(shapes: Shapes, node: ir.Node) -> Found:
 
 def _flatten(shapes: Shapes, node: ir.Node) -> Found:
     dims, axis = shapes.shape(node.inputs[0]), matcher.attribute(node, "axis", 1)
-    return None if dims is None else [(product(dims[:axis]), product(dims[axis:]))]
+    if dims is None or not _are_few(dims):
+        return None
+    return [(product(dims[:axis]), product(dims[axis:]))]
 
 
 def _gather_content(shapes: Shapes, node: ir.Node) -> Dims | None:
@@ -243,7 +255,8 @@ def _slice_bounds(shapes: Shapes, node: ir.Node) -> list[tuple[int, Dim | None, 
         if len(node.inputs) > 3 or not axes:
             axes = tuple(range(rank))
             starts = ends = None
-    plain = steps is None or all(s == 1 for s in steps)
+    stepped = len(node.inputs) > 4 and node.inputs[4] is not None
+    plain = not stepped or (steps is not None and all(s == 1 for s in steps))
     return [
         (
             axis % rank if rank else axis,
@@ -291,15 +304,27 @@ def _split(shapes: Shapes, node: ir.Node) -> Found:
     sizes: Sequence[Dim | None] | None = (
         shapes.content(node.inputs[1]) if len(node.inputs) > 1 else None
     )
+    if matcher.attribute(node, "num_outputs", len(node.outputs)) != len(node.outputs):
+        raise ValueError(f"{len(node.outputs)} outputs of a split into another number of parts")
     if sizes is None:
-        sizes = [divide(dims[axis], len(node.outputs))] * len(node.outputs)
+        sizes = _even_parts(dims[axis], len(node.outputs))
     return [None if n is None else (*dims[:axis], n, *dims[axis + 1 :]) for n in sizes]
+
+
+def _even_parts(length: Dim, count: int) -> list[Dim | None]:
+    """The lengths of `count` parts; the last is shorter where they cannot be equal."""
+    if not isinstance(length, int):
+        return [divide(length, count)] * count
+    part = -(-length // count)
+    return [max(0, min(part, length - i * part)) for i in range(count)]
 
 
 def _reduce(shapes: Shapes, node: ir.Node) -> Found:
     dims, axes = shapes.shape(node.inputs[0]), _axes(node)
     if dims is None or axes is None:
         return None
+    if not axes and not matcher.attribute(node, "noop_with_empty_axes", 0):
+        axes = tuple(range(len(dims)))
     places, keep = {a % len(dims) for a in axes}, matcher.attribute(node, "keepdims", 1)
     if keep:
         return [tuple(1 if i in places else d for i, d in enumerate(dims))]
@@ -333,7 +358,13 @@ def _filled_content(shapes: Shapes, node: ir.Node) -> Dims | None:
     value = matcher.attribute(node, "value")
     if dims is None or len(dims) != 1 or not isinstance(dims[0], int) or value is None:
         return None
+    if dims[0] > _LONGEST:
+        return None
     return (int(value.numpy().reshape(-1)[0]),) * dims[0] if value.dtype.is_integer() else None
+
+
+_LONGEST = 1024
+"""Longer vectors are no shapes: their contents are not followed."""
 
 
 def _same_content(shapes: Shapes, node: ir.Node) -> Dims | None:
@@ -364,9 +395,10 @@ def _squeeze_content(shapes: Shapes, node: ir.Node) -> Dims | None:
 
 def _concat_content(shapes: Shapes, node: ir.Node) -> Dims | None:
     parts = [shapes.content(v) for v in node.inputs]
-    if any(p is None for p in parts):
+    ready = [p for p in parts if p is not None]
+    if len(ready) < len(parts) or sum(map(len, ready)) > _LONGEST:
         return None
-    return tuple(d for p in parts if p is not None for d in p)
+    return tuple(d for p in ready for d in p)
 
 
 def _arithmetic(operation: Callable[[Dim, Dim], Dim | None]) -> Content:

@@ -92,13 +92,18 @@ class Shapes:
         if found is not None:
             for value, shape in zip(node.outputs, found, strict=False):
                 if shape is not None:
-                    self._shapes[value] = shape
+                    self._shapes[value] = tuple(
+                        d if _is_plain(d) else symbol(f"{value.name}[{axis}]")
+                        for axis, d in enumerate(shape)
+                    )
         for value in node.outputs:
             if value not in self._shapes:
                 self._believe(value)
         content = CONTENTS.get(node.op_type)
         if content is not None and (dims := content(self, node)) is not None:
-            self._contents[node.outputs[0]] = dims
+            whole = self._shapes.get(node.outputs[0])
+            if (whole is None or len(whole) <= 1) and all(map(_is_plain, dims)):
+                self._contents[node.outputs[0]] = dims
 
     def _believe(self, value: ir.Value) -> None:
         """Takes the shape that the file gives, where every dimension has a number or a name."""
@@ -109,6 +114,17 @@ class Shapes:
             symbol(f"{value.name}[{axis}]") if d is None or _is_foreign(d) else d
             for axis, d in enumerate(dims)
         )
+
+
+_HIGHEST_DEGREE, _MOST_TERMS = 64, 64
+
+
+def _is_plain(dim: Dim) -> bool:
+    """Whether a length is one that int64 holds, and not a product or a sum without end."""
+    terms = dim.terms if isinstance(dim, Poly) else (((), dim),)
+    return len(terms) <= _MOST_TERMS and all(
+        len(names) <= _HIGHEST_DEGREE and abs(factor) < 1 << 62 for names, factor in terms
+    )
 
 
 def _is_foreign(dim: Dim) -> bool:

@@ -73,12 +73,26 @@ def read(softmax: ir.Node, known: Shapes) -> Site:
     groups = {_dim(known, x, 1) for x in (k if perm is None else kt, value)}
     if len(groups) != 1:
         k, perm, value = *_full_keys(kt), v
+    _refuse_broadcast(known, dims, scores, (q, kt, v), sunk=sink is not None)
     moves = _between(scores.product.inputs[1], k) + _between(v, value)
     nodes = (*scores.nodes, *joining, softmax, *behind, product)
     scale = scores.scale * q_scale * k_scale
     if scale == 0 or not math.isfinite(scale):
         raise RefusedError(f"its scores are scaled by {scale:g}")
     return Site(scores, product.outputs[0], product, nodes, q, k, value, perm, scale, moves, sink)
+
+
+def _refuse_broadcast(
+    known: Shapes, dims: Dims, scores: Scores, operands: tuple[ir.Value, ...], *, sunk: bool
+) -> None:
+    """Refuses a mask that widens its scores, and operands of one batch beside those of more."""
+    made = known.shape(scores.product.outputs[0])
+    length = 3 if sunk else 4
+    pairs = [(1, 1)] if made is None else list(zip(made[:length], dims[:length], strict=True))
+    batches = [known.shape(x) for x in operands]
+    pairs += [(b[0], dims[0]) for b in batches if b is not None]
+    if any(a == 1 and b != 1 for a, b in pairs):
+        raise RefusedError("an operand or the scores are broadcast over the batch or the queries")
 
 
 def _read_sink(
@@ -90,6 +104,8 @@ def _read_sink(
     if (less := matcher.producer(value, "Sub")) is not None:
         peak = matcher.producer(less.inputs[1], "ReduceMax")
         if peak is None or peak.inputs[0] is not less.inputs[0]:
+            return value, None, ()
+        if matcher.rank(peak.outputs[0]) != 4 or matcher.static_dim(peak.outputs[0], -1) != 1:
             return value, None, ()
         joined, passed = less.inputs[0], (peak, less)
     node = matcher.producer(joined, "Concat")
@@ -224,6 +240,8 @@ def _replay(
         if dims is None:
             return None
         shape = [shapes.value_at(d, sizes) for d in dims]
+        if not _is_drawable(shape):
+            return None
         if node.op_type == "Transpose":
             perm = matcher.attribute(node, "perm")
             array = array.transpose(perm)
@@ -245,6 +263,13 @@ def _fits(shape: tuple[int, ...], wanted: list[int]) -> bool:
 
 
 _MOST_NUMBERED = 1 << 25
+
+
+def _is_drawable(shape: list[int]) -> bool:
+    """Whether an array of `shape` can be, and can be afforded."""
+    return min(shape, default=1) > 0 and math.prod(shape) <= _MOST_NUMBERED
+
+
 _SIZES = ((2, 3, 5, 7, 11, 13), (3, 2, 7, 5, 13, 11))
 
 
@@ -284,7 +309,7 @@ def _is_repetition(
     turn: Turn,
 ) -> bool:
     shape = [shapes.value_at(d, sizes) for d in dims]
-    if not 0 < math.prod(shape) <= _MOST_NUMBERED:
+    if not _is_drawable([*shape, times]):
         return False
     numbered = np.arange(math.prod(shape)).reshape(shape)
     moved = _replay(numbered, nodes, known, sizes)

@@ -79,6 +79,8 @@ class StackedProduct(Rule):
         if stack is None or matcher.is_constant(found["x"]):
             return "no product with a stack of matrices"
         count, distance = stack
+        if 0 in shape:
+            return "a product with a stack without elements"
         if rank is None or rank < (2 if len(shape) == 3 else len(shape)):
             return "a product with a stack of matrices of unknown rank"
         here = matcher.static_dim(found["x"], rank - distance) if rank > 2 else 1

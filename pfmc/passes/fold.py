@@ -205,6 +205,9 @@ class _Sweep:
         first, run = _constant_of(node, 0), compile_node(node)
         rest = [None if v is None else v.const_value.numpy() for v in _seen(node)[1:]]  # type: ignore[union-attr]
         parts = run([_dummy(first), *rest])
+        if len(parts) != len(node.outputs):
+            what = f"Split makes {len(parts)} parts and has {len(node.outputs)} outputs"
+            raise InputError(what, where=where(node))
         one_each = all(p.shape[:1] == (1,) for p in parts) and len(shape_of(first)) == 3
         for i, (output, part) in enumerate(zip(node.outputs, parts, strict=True)):
             shape = tuple(int(n) for n in part.shape)

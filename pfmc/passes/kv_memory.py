@@ -97,6 +97,8 @@ class _Work:
         if not self.attentions:
             raise _RefusedError("the model has no attention")
         names = Names(self.graph, self.attentions)
+        if names.computed:
+            raise _RefusedError("a memory that the graph computes", names.computed[0])
         remembering = names.remembering
         alone = [n for n in self.attentions if n not in remembering]
         if remembering and any(_looks_back(n) for n in alone):

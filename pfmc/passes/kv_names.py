@@ -88,6 +88,12 @@ class Names:
         return [n for n, k, v in self.found if k.past is not None and v.past is not None]
 
     @property
+    def computed(self) -> list[ir.Node]:
+        """The attentions whose past the graph makes itself."""
+        pasts = [(n, h.past) for n, *pair in self.found for h in pair]
+        return [n for n, past in pasts if past is not None and not past.is_graph_input()]
+
+    @property
     def paired(self) -> bool:
         """Whether a decoder attends to an encoder."""
         return any(k.cross for _, k, _ in self.found)

@@ -73,7 +73,7 @@ def _split_before(softmax: ir.Node, dims: Dims, known: Shapes) -> tuple[Dim, int
 def _batch_and_heads(rows: Dim) -> tuple[Dim, int] | None:
     """B and H of ``B * H``: a batch of one if it is a number, else the number before the symbol."""
     if isinstance(rows, int):
-        return 1, rows
+        return (1, rows) if rows else None
     for name in sorted(shapes.symbols_of([rows])):
         heads = shapes.divide(rows, shapes.symbol(name))
         if isinstance(heads, int):
@@ -96,14 +96,24 @@ def _between_products(softmax: ir.Node, known: Shapes) -> ir.Node | None:
     after = _reader(softmax.outputs[0])
     if node is None or after is None or after.op_type != "MatMul":
         return None
-    ranks = [len(known.shape(v) or ()) for v in (*node.inputs, *after.inputs)]
-    return after if ranks == [3] * 4 else None
+    both = all(_multiplies_rows(n, known) for n in (node, after))
+    return after if both else None
+
+
+def _multiplies_rows(product: ir.Node, known: Shapes) -> bool:
+    """Whether both factors are of three dimensions and neither is broadcast over the first."""
+    dims = [known.shape(v) or () for v in product.inputs]
+    rows = [d[0] for d in dims if len(d) == 3]
+    return len(rows) == 2 and (rows[0] == 1) == (rows[1] == 1)
 
 
 def _reader(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value` as its first input, seen through copies."""
     uses = tuple(value.uses())
     while len(uses) == 1 and uses[0].node.op_type in _PASSED and not value.is_graph_output():
+        to = matcher.attribute(uses[0].node, "to", value.dtype)
+        if to != value.dtype:
+            return None
         value = uses[0].node.outputs[0]
         uses = tuple(value.uses())
     if len(uses) != 1 or uses[0].idx != 0 or value.is_graph_output():
@@ -161,7 +171,9 @@ class _Lift:
         if len(readers) != 1 or source.is_graph_output():
             return None
         new: list[ir.Node] = []
-        if maker.op_type == "MatMul" and self._splits(source, wide):
+        if maker.op_type == "MatMul" and (
+            self._splits(source, wide) and _multiplies_rows(maker, self.known)
+        ):
             inputs = [self.split(v, new) for v in maker.inputs if v is not None]
         elif maker.op_type in _BINARY:
             like = self._like(maker, source)
@@ -257,7 +269,7 @@ class _Lift:
         self.known.learn(made, wide)
         return made
 
-    def split(self, value: ir.Value, new: list[ir.Node]) -> ir.Value:
+    def split(self, value: ir.Value, new: list[ir.Node], far: int = _FAR) -> ir.Value:
         """``[B * H, s, t]`` as ``[B, H, s, t]``; `new` takes the nodes."""
         dims = self.known.shape(value)
         assert dims is not None
@@ -267,10 +279,12 @@ class _Lift:
             self.known.shape(node.inputs[0]) == wide and node.inputs[0] is not None
         ):  # fmt: skip
             return node.inputs[0]
-        if node is not None and node.op_type in ("Mul", "Div"):
-            number = node.inputs[1]
-            if matcher.scalar(number) is not None and node.inputs[0] is not None:
-                inner = self.split(node.inputs[0], new)
+        if node is not None and node.op_type in ("Mul", "Div") and far:
+            inside, number = node.inputs[:2]
+            if matcher.scalar(number) is not None and inside is not None and (
+                self.known.shape(inside) == dims
+            ):  # fmt: skip
+                inner = self.split(inside, new, far - 1)
                 made = self._add(node.op_type, [inner, number], new)
                 self.known.learn(made, wide)
                 return made

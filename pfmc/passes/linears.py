@@ -157,8 +157,8 @@ class Gemm(Rule):
     patterns = (Op("Gemm", (Var("x"), Constant("weight")), more=True),)
 
     def check(self, found: Match) -> str:
-        """Checks that the first factor is not constant too."""
-        return "both factors are constant" if matcher.is_constant(found["x"]) else ""
+        """Checks that the first factor is not constant too, and that the second has elements."""
+        return _check(found)
 
     def rewrite(self, graph: ir.Graph, found: Match) -> None:
         """Puts a fixed linear in place."""

@@ -27,6 +27,7 @@ KEY_SINK = "pfmc.sink"
 BLOCKED = -1e30
 _LARGEST_LENGTH = 2048
 _LARGEST_INPUT = 1 << 24  # elements of an input in one trial
+_LARGEST_MASK = 1 << 26  # elements of a mask
 _MOST_NODES = 400
 _HOP = 1024  # samples for each position where a mask depends on the length of a sound
 _HEAVY = frozenset({"FixedLinear", "QuantisedLinear", "MatMul", "Gemm", "Conv", "Attention"})
@@ -113,6 +114,8 @@ def probe(mask: ir.Value, queries: Dim, keys: Dim, known: Shapes, seed: int) -> 
         trials = list(_trials(nodes, inputs, readers, queries, keys, known))
         if not trials:
             return explicit(f"the mask holds a constant beyond {_LARGEST_LENGTH}")
+        if any(t.queries * t.keys > _LARGEST_MASK for t in trials):
+            return explicit("the mask is too large to be tried")
         return _classify(mask, nodes, inputs, readers, trials, seed)
     except (PfmcError, ValueError, IndexError, KeyError, TypeError) as error:
         return explicit(f"the mask cannot be computed: {str(error).splitlines()[0]}")
@@ -298,8 +301,8 @@ def _feeds(
     """Zeros for inputs read for their shape; ones, or `padding`, for those of integers."""
     feeds: dict[str, npt.NDArray[np.generic]] = {}
     for value in inputs:
-        assert value.shape is not None
-        assert value.dtype is not None
+        if value.shape is None or value.dtype is None:
+            raise InputError(f"input {value.name!r} is of unknown rank or type")
         dims = [shapes.parse(d) for d in value.shape]
         shape = [
             shapes.value_at(

@@ -124,6 +124,8 @@ class PatchEmbedding(Rule):
         assert conv is not None
         if text := reason(conv):
             return text
+        if not all(_grid(conv, _kernel(conv))):
+            return "convolution of an image of unknown size"
         shape = matcher.integers(found["shape"]) if "shape" in found else None
         known = matcher.rank(found["flat"])
         if (len(shape) if shape is not None else known) != 3:

@@ -61,9 +61,11 @@ def _group_norm(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
     x, scale, bias = node.inputs
     dims = known.shape(x)
     groups = int(matcher.attribute(node, "num_groups"))
-    if dims is None or x is None or not isinstance(dims[1], int):
+    if dims is None or x is None or not isinstance(dims[1], int) or not dims[1]:
         return "an input of unknown rank or channels"
     epsilon = float(matcher.attribute(node, "epsilon", 1e-5))
+    if groups < 1 or dims[1] % groups:
+        return f"{dims[1]} channels in {groups} groups"
     if groups == dims[1]:
         return [matcher.fresh("InstanceNormalization", [x, scale, bias], {"epsilon": epsilon})]
     assert node.graph is not None
@@ -103,12 +105,16 @@ def _flat_softmax(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
     if dims is None or not last or matcher.attribute(flat, "axis", 1) not in (-1, len(dims) - 1):
         return ""
     shape = matcher.producer(back.inputs[1], "Shape")
-    if known.shape(back.outputs[0]) != dims and (shape is None or shape.inputs[0] is not x):
+    whole = shape is not None and not shape.attributes and shape.inputs[0] is x
+    if known.shape(back.outputs[0]) != dims and not whole:
         return ""
     new = matcher.fresh(node.op_type, [x], {"axis": -1})
     matcher.substitute(back, [back, node, flat], [new], back.outputs[0])
     known.learn(new.outputs[0], dims)
     return []
+
+
+_MOST_PARTS = 4096
 
 
 def _sequence(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
@@ -126,6 +132,8 @@ def _sequence(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
         return "parts of unknown sizes"
     sizes = [n for n in given if isinstance(n, int)]
     if widths is None or known.shape(widths) == ():
+        if length > _MOST_PARTS * sizes[0]:
+            return f"more than {_MOST_PARTS} parts"
         sizes = [min(sizes[0], length - at) for at in range(0, length, sizes[0])]
     if any(p is None or not -len(sizes) <= p < len(sizes) for p in places):
         return "a place that the sequence does not have"

@@ -25,7 +25,8 @@ def tidy(softmax: ir.Node, known: Shapes) -> int:
             break
         if node.op_type == "Mul":
             return changed + _push(node, known)
-        if node.op_type == "Max" and (rest := _above_floor(node)) is not None:
+        rest = _above_floor(node) if node.op_type == "Max" else None
+        if rest is not None and known.shape(rest) == known.shape(node.outputs[0]):
             node.outputs[0].replace_all_uses_with(rest)
             matcher.inherit(softmax, [node], softmax)
             if node.graph is not None:

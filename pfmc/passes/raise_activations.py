@@ -11,7 +11,7 @@ import onnx_ir as ir
 from pfmc.ir import matcher, vocabulary
 from pfmc.ir.matcher import Either, Match, Op, Pattern, Scalar, Var
 from pfmc.passes.base import Context, Pass, PassResult
-from pfmc.passes.rules import Rule, apply_rules
+from pfmc.passes.rules import Rule, apply_rules, widened
 
 _X = Var("x")
 
@@ -51,6 +51,10 @@ _TANH = Op("Tanh", (Op("Mul", (_BENT, Scalar(sqrt(2 / pi)))),))
 class _Gelu(Rule):
     approximate: ClassVar[str]
 
+    def check(self, found: Match) -> str:
+        """Checks that the result has the axes of x."""
+        return widened(found)
+
     def rewrite(self, graph: ir.Graph, found: Match) -> None:
         """Puts one operator in place of the group."""
         options = {"approximate": self.approximate}
@@ -78,6 +82,10 @@ class Silu(Rule):
         Op("Mul", (_X, Op("Sigmoid", (_X,)))),
         Op("Mul", (_X, Op("Sigmoid", (Op("Mul", (_X, Scalar(name="alpha"))),)))),
     )
+
+    def check(self, found: Match) -> str:
+        """Checks that the result has the axes of x."""
+        return widened(found)
 
     def rewrite(self, graph: ir.Graph, found: Match) -> None:
         """Puts one operator in place of the group."""

@@ -192,6 +192,8 @@ class _Work:
         uses = tuple(output.uses())
         if len(uses) != 1 or uses[0].node.op_type != "Where" or uses[0].idx != 2:
             return
+        if output.is_graph_output():
+            return
         guard = uses[0].node
         flag = guard.inputs[0]
         if flag is None or matcher.scalar(guard.inputs[1]) != 0.0:

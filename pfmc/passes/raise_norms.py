@@ -11,7 +11,7 @@ import onnx_ir as ir
 from pfmc.ir import matcher
 from pfmc.ir.matcher import Constant, Either, Match, Op, Pattern, Scalar, Var
 from pfmc.passes.base import Context, Pass, PassResult
-from pfmc.passes.rules import Rule, apply_rules
+from pfmc.passes.rules import Rule, apply_rules, widened
 
 _X = Var("x")
 
@@ -178,7 +178,7 @@ def _check(found: Match, means: tuple[str, ...]) -> str:
             return f"{name} {found[name].name!r} is not one vector of the width of x"
     if "narrow" in found and _narrow_input(found) is None:
         return "the result is cast to another type than x had"
-    return ""
+    return widened(found)
 
 
 def _over_last_axis(node: ir.Node, rank: int | None) -> bool:

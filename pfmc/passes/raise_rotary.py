@@ -201,11 +201,15 @@ class StandardRotary(Rule):
         width, heads = matcher.static_dim(found["x"], -1), _heads(found)
         if width is None or matcher.rank(found["x"]) not in (3, 4):
             return "a rotary embedding of unknown width"
-        if matcher.rank(found["x"]) == 3 and (not heads or width % heads):
+        if matcher.rank(found["x"]) == 3 and (heads < 1 or width % heads):
             return "a rotary embedding of an unknown number of heads"
+        numbered = len(found.root.inputs) > 3 and found.root.inputs[3] is not None
+        if any(matcher.rank(found[n]) != (2 if numbered else 3) for n in ("cos", "sin")):
+            return "tables of another rank"
         tables = {matcher.static_dim(found[name], -1) for name in ("cos", "sin")}
         turned = _turned(found)
-        return "" if tables == {turned // 2} and turned % 2 == 0 else "tables of another width"
+        fits = tables == {turned // 2} and turned % 2 == 0 and turned <= _head(found)
+        return "" if fits else "tables of another width"
 
     def rewrite(self, graph: ir.Graph, found: Match) -> None:
         """Doubles the tables and turns the first elements of each head."""

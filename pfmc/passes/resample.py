@@ -16,6 +16,7 @@ from pfmc.ir.shapes import Shapes
 Reals = npt.NDArray[np.floating[Any]]
 
 _MOST = 1 << 24  # elements of an axis's matrix; an image of 4,096 points a side
+_MOST_TAPS = 64  # points that one point of a smaller image is made of
 _UNKNOWN = "an image of unknown size: export with a fixed size"
 
 
@@ -40,6 +41,10 @@ def spell(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
         return "an axis to no points"
     if any(before * after > _MOST for _, before, after, _ in steps):
         return "an axis to too many points"
+    if any(before > _MOST_TAPS * after for _, before, after, _ in steps) and (
+        matcher.attribute(node, "antialias", 0)
+    ):
+        return "an axis to points of too many neighbours each"
     work = _Work(node)
     for axis, before, after, scale in steps:
         matrix = _matrix(node, before, after, scale)
@@ -80,7 +85,8 @@ def _steps(
         for axis, scale in zip(axes, scales.tolist(), strict=True):
             if not dims[axis] and scale != 1:
                 return _UNKNOWN
-            length = int(np.float32(dims[axis]) * np.float32(scale))
+            held = min(max(scale, 0.0), 2.0 * _MOST)
+            length = int(np.float32(dims[axis]) * np.float32(held))
             found.append((axis, dims[axis], length, scale))
     if all(before == after for _, before, after, _ in found):
         return []  # ONNX Runtime copies then, whatever the scale
@@ -120,7 +126,9 @@ def _matrix(node: ir.Node, before: int, after: int, scale: float) -> Reals | Non
     mode = _option(node, "mode", "nearest")
     if mode == "nearest":
         near = _ROUNDINGS[_rounding(node)](places)
-        return np.eye(before)[np.clip(near, 0, before - 1).astype(np.int64)]
+        matrix = np.zeros((after, before))
+        matrix[np.arange(after), np.clip(near, 0, before - 1).astype(np.int64)] = 1
+        return matrix
     reach = min(scale, 1.0) if matcher.attribute(node, "antialias", 0) else 1.0
     radius = math.ceil((1 if mode == "linear" else 2) / reach)
     own = np.floor(places)[:, None] + np.arange(1 - radius, radius + 1)[None, :]

@@ -50,6 +50,12 @@ def apply_rules(
     return sum(counts.values()), tuple(declined), counts
 
 
+def widened(found: Match) -> str:
+    """Says so where a constant of more axes than x gives the result more axes than x has."""
+    ranks = {matcher.rank(found["x"]), matcher.rank(found.output)} - {None}
+    return "a constant of more axes than the input" if len(ranks) > 1 else ""
+
+
 def where(node: ir.Node) -> str:
     """How messages name a node: module scope if known, and the node's name."""
     scope = node.metadata_props.get(vocabulary.KEY_SCOPE, "")

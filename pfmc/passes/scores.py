@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import onnx_ir as ir
 
@@ -35,20 +36,36 @@ class Scores:
     softcap: float = 0.0
 
 
+_MOST = 128
+"""Nodes that are looked at in search of a product: exporters put a dozen before a softmax."""
+_Known: TypeAlias = "dict[ir.Node, Scores | None]"
+
+
 def read_scores(value: ir.Value | None) -> Scores | None:
     """Walks back through additions of masks, scalings and fillings to the product."""
+    return _read(value, {})
+
+
+def _read(value: ir.Value | None, known: _Known) -> Scores | None:
     value = matcher.see_through(value)
     node = value.producer() if value is not None else None
     if node is None:
         return None
+    if node not in known and len(known) < _MOST:
+        known[node] = None
+        known[node] = _read_node(node, known)
+    return known.get(node)
+
+
+def _read_node(node: ir.Node, known: _Known) -> Scores | None:
     if node.op_type == "MatMul":
         return Scores(node, 1.0, (), (node,))
     if node.op_type == "Add":
-        return _read_add(node)
+        return _read_add(node, known)
     if node.op_type in ("Mul", "Div"):
-        return _read_scaling(node)
+        return _read_scaling(node, known)
     if node.op_type == "Where":
-        return _read_filling(node)
+        return _read_filling(node, known)
     return None
 
 
@@ -65,10 +82,10 @@ def filling(node: ir.Node) -> tuple[ir.Value, str] | None:
     return None
 
 
-def _read_filling(node: ir.Node) -> Scores | None:
+def _read_filling(node: ir.Node, known: _Known) -> Scores | None:
     """``Where(condition, low, scores)`` or ``Where(condition, scores, low)``."""
     found, condition = filling(node), node.inputs[0]
-    inner = read_scores(found[0]) if found is not None else None
+    inner = _read(found[0], known) if found is not None else None
     if found is None or inner is None or condition is None:
         return None
     return replace(
@@ -87,9 +104,9 @@ def _uniform(value: ir.Value | None) -> float | None:
     return float(first) if (array == first).all() else None
 
 
-def _read_add(node: ir.Node) -> Scores | None:
+def _read_add(node: ir.Node, known: _Known) -> Scores | None:
     for inner, mask in ((0, 1), (1, 0)):
-        found = read_scores(node.inputs[inner])
+        found = _read(node.inputs[inner], known)
         other = node.inputs[mask]
         if found is not None and other is not None:
             masks = (*found.masks, Part(other))
@@ -97,14 +114,14 @@ def _read_add(node: ir.Node) -> Scores | None:
     return None
 
 
-def _read_scaling(node: ir.Node) -> Scores | None:
+def _read_scaling(node: ir.Node, known: _Known) -> Scores | None:
     for inner, factor in ((0, 1), (1, 0)):
         number = matcher.scalar(node.inputs[factor])
         if number is None or (node.op_type == "Div" and inner):
             continue
         if (tanh := matcher.producer(node.inputs[inner], "Tanh")) is not None:
-            return _read_softcap(node, tanh, number)
-        found = read_scores(node.inputs[inner])
+            return _read_softcap(node, tanh, number, known)
+        found = _read(node.inputs[inner], known)
         if found is None or found.softcap or number == 0 or (found.masks and number < 0):
             return None
         times = number if node.op_type == "Mul" else 1.0 / number
@@ -113,9 +130,9 @@ def _read_scaling(node: ir.Node) -> Scores | None:
     return None
 
 
-def _read_softcap(node: ir.Node, tanh: ir.Node, cap: float) -> Scores | None:
+def _read_softcap(node: ir.Node, tanh: ir.Node, cap: float, known: _Known) -> Scores | None:
     """``cap * tanh(scores / cap)`` (Gemma 2)."""
-    found = read_scores(tanh.inputs[0])
+    found = _read(tanh.inputs[0], known)
     if found is None or found.masks or found.softcap or node.op_type != "Mul" or cap <= 0:
         return None
     return Scores(found.product, found.scale * cap, (), (*found.nodes, tanh, node), cap)

@@ -123,11 +123,11 @@ class SiteMasks:
             if part.kind == "add":
                 value = part.value
                 if part.factor != 1.0:
-                    value = self._insert("Mul", [value, self._number(part.factor)], site)
+                    value = self._insert("Mul", [value, self._number(part.factor, site)], site)
                 total = value if total is None else self._insert("Add", [total, value], site)
                 continue
-            rest = self._number(0.0) if total is None else total
-            low = self._number(BLOCKED)
+            rest = self._number(0.0, site) if total is None else total
+            low = self._number(BLOCKED, site)
             pair = (low, rest) if part.kind == "hide" else (rest, low)
             total = self._insert("Where", [part.value, *pair], site)
         assert total is not None
@@ -160,8 +160,9 @@ class SiteMasks:
             self.plain[key] = maker.make(queries, window)
         return self.plain[key]
 
-    def _number(self, number: float) -> ir.Value:
-        return matcher.add_array(self.graph, "mask:number", np.asarray(number, np.float32))
+    def _number(self, number: float, site: Site) -> ir.Value:
+        kind = np.float64 if site.q.dtype == ir.DataType.DOUBLE else np.float32
+        return matcher.add_array(self.graph, "mask:number", np.asarray(number, kind))
 
     def _insert(
         self, op_type: str, inputs: list[ir.Value | None], site: Site, **options: int
@@ -180,16 +181,21 @@ class SiteMasks:
         return output
 
 
-def _terms(part: Part) -> list[Part]:
-    """The parts that a sum is made of; a part that is no sum, itself."""
+_MOST_SUMS = 8
+
+
+def _terms(part: Part, depth: int = 0) -> list[Part]:
+    """The parts that a sum is made of; a part that is no sum, or too far down in one, itself."""
+    if depth > _MOST_SUMS:
+        return [part]
     filled = matcher.producer(part.value, "Where") if part.kind == "add" else None
     if filled is not None and (found := filling(filled)) is not None:
         rest, kind = found
         condition = filled.inputs[0]
         assert condition is not None
-        return [*_terms(replace(part, value=rest)), Part(condition, kind)]
+        return [*_terms(replace(part, value=rest), depth + 1), Part(condition, kind)]
     node = matcher.producer(part.value, "Add") if part.kind == "add" else None
     if node is None:
         return [part]
     terms = [replace(part, value=v) for v in node.inputs if v is not None]
-    return [t for term in terms for t in _terms(term)]
+    return [t for term in terms for t in _terms(term, depth + 1)]

@@ -33,7 +33,30 @@ def reason(node: ir.Node) -> str:
     if groups < 1 or outputs[0] % groups:
         return f"convolution in {groups} groups of {outputs[0]} channels"
     rank = len(weights.shape_of(kernel))
-    return "" if rank in (3, 4, 5) else f"convolution with a kernel of rank {rank}"
+    if rank not in (3, 4, 5):
+        return f"convolution with a kernel of rank {rank}"
+    if matcher.rank(node.inputs[0]) != rank:
+        return "convolution of an input of unknown rank"
+    return _too_large(node, weights.shape_of(kernel), groups)
+
+
+_MOST_BLOCKS = 2048
+_MOST_PLACES = 1 << 24
+
+
+def _too_large(node: ir.Node, kernel: tuple[int, ...], groups: int) -> str:
+    """Why the windows, or the linears, of a convolution are too many or none."""
+    if 0 in kernel:
+        return "convolution with a kernel without elements"
+    if groups // _joined(groups, prod(kernel[1:])) > _MOST_BLOCKS:
+        return f"convolution in {groups} groups"
+    pads = list(matcher.attribute(node, "pads", None) or [0] * 2 * len(kernel[2:]))
+    lengths = [matcher.static_dim(node.inputs[0], 2 + axis) for axis in range(len(kernel[2:]))]
+    ends = zip(pads, pads[len(lengths) :], strict=False)
+    wide = [(n or 0) + sum(p) for n, p in zip(lengths, ends, strict=True)]
+    if any(n * k > _MOST_PLACES for n, k in zip(wide, kernel[2:], strict=True)):
+        return "convolution of an input too long to be cut into windows"
+    return ""
 
 
 class Unfolded(Rule):
@@ -185,5 +208,5 @@ def _joined(groups: int, rows: int) -> int:
     """How many groups of `rows` inputs share a linear: the most that divide and fit."""
     if groups == 1:
         return 1
-    fits = [n for n in range(1, groups + 1) if groups % n == 0 and n * rows <= _BLOCK]
+    fits = [n for n in range(1, min(groups, _BLOCK) + 1) if groups % n == 0 and n * rows <= _BLOCK]
     return max(fits, default=1)
