@@ -16,7 +16,7 @@ MAX_RANK = 16
 MAX_ELEMENTS = 1 << 46
 EAGER_BYTES = 64 << 20
 _PIECE = 1 << 22
-_REFUSED_TYPES = {"UNDEFINED", "STRING", "COMPLEX64", "COMPLEX128"}
+_REFUSED_TYPES = {"UNDEFINED", "STRING", "COMPLEX64", "COMPLEX128", "FLOAT6E2M3", "FLOAT6E3M2"}
 
 DTYPES: dict[int, ir.DataType] = {
     int(kind): kind for kind in ir.DataType if kind.name not in _REFUSED_TYPES

@@ -1,0 +1,73 @@
+"""Rounds a 1.16e9-parameter fp16 Llama layer by layer on calibration data: peak memory, CPU time.
+
+Every layer is rounded by `compensate` on what the layers rounded before it give, so both streams of
+the model run. The goal is three times the largest layer in float32 and 500 MB; mapped pages of the
+input file count. 20 layers take half an hour; the peak does not depend on their number.
+
+    python -m benchmarks.bench_layerwise [--folder DIR] [--layers N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import process
+from benchmarks.bench_large import LAYERS
+from benchmarks.figure import Figure, table
+from benchmarks.synthetic import Shape, generate
+
+SEQUENCES, LENGTH = 4, 32
+SETTINGS = (
+    "quantise.prefix=rounded", f"calibration.sequences={SEQUENCES}", f"calibration.length={LENGTH}",
+)  # fmt: skip
+
+
+def figures(folder: Path | None = None, layers: int = LAYERS) -> Iterator[Figure]:
+    """Peak memory and CPU time of the compile.
+
+    Args:
+        folder: where the model lies or is generated, and is kept; a temporary one by default.
+        layers: decoder layers; 20 give 1.16e9 parameters.
+    """
+    shape = Shape(layers=layers)
+    with tempfile.TemporaryDirectory(prefix="pfmc-bench-") as temporary:
+        place = folder or Path(temporary)
+        if not (place / "model.onnx").is_file():
+            generate(place, shape)
+        yield from _measured(place, shape)
+
+
+def _measured(folder: Path, shape: Shape) -> Iterator[Figure]:
+    ids = np.random.default_rng(0).integers(0, shape.vocabulary, (SEQUENCES, LENGTH))
+    np.savez(folder / "ids.npz", input_ids=ids)
+    out = folder / "layerwise.pfm"
+    settings = [word for s in SETTINGS for word in ("--set", s)]
+    done = process.run(process.pfmc(
+        "compile", str(folder / "model.onnx"), "--target", "rom", "-o", str(out), "--force",
+        "--inputs", str(folder / "ids.npz"), *settings,
+    ))  # fmt: skip
+    shutil.rmtree(out)
+    largest = max(4 * np.prod(dims) for _, dims in shape.weights() if len(dims) == 2) / 1e6
+    name = f"layer by layer, {shape.parameters / 1e9:.2f}e9 parameters, fp16 to rom at 4 bits"
+    beside = f"largest layer {largest:.0f} MB in float32"
+    yield Figure(f"{name}, peak", done.peak_bytes / 1e6, "MB", 3 * largest + 500, beside=beside)
+    yield Figure(name, done.cpu_s, "CPU s")
+
+
+def main() -> None:
+    """Parses the command line, measures and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    chosen = parser.parse_args()
+    print(table(figures(chosen.folder, chosen.layers)))
+
+
+if __name__ == "__main__":
+    main()
