@@ -28,7 +28,7 @@ def spell(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
     operator's text, opset 19.
     """
     dims = known.shape(node.inputs[0])
-    if dims is None or not all(isinstance(d, int) for d in dims[2:]):
+    if not dims or not all(isinstance(d, int) for d in dims[2:]):
         return _UNKNOWN
     if _option(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
         return "an aspect ratio to be kept"
@@ -80,7 +80,7 @@ def _steps(
                 found.append((axis, dims[axis], size, size / dims[axis]))
     else:
         scales = matcher.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if scales is None or len(scales) != len(axes):
+        if scales is None or scales.shape != (len(axes),):
             return "a scale that is computed at run time"
         for axis, scale in zip(axes, scales.tolist(), strict=True):
             if not dims[axis] and scale != 1:

@@ -124,6 +124,15 @@ def test_resize_by_a_strange_scale_is_declined(lab: Any, scale: float, why: str,
     assert why in declined.reason
 
 
+def test_resize_by_a_matrix_of_scales_is_declined(lab: Any) -> None:
+    """Found by the fuzzer."""
+    node = helper.make_node("Resize", ["x", "", "to"], ["y"], mode="linear")
+    model = ir.from_proto(_model([node], {"x": [1, 3, 8, 8]}, to=np.ones((4, 1), np.float32)))
+    provenance.stamp(model)
+    (declined,) = lab.apply(model, (PlainOperators(),))
+    assert "scale" in declined.reason
+
+
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_group_normalization(lab: Any, groups: int) -> None:
     node = helper.make_node("GroupNormalization", ["x", "s", "b"], ["y"], num_groups=groups)
