@@ -64,7 +64,10 @@ def _branch(node: onnx.NodeProto) -> onnx.GraphProto | None:
     )
     if branch is None or len(branch.output) != len(node.output):
         return None
-    return branch
+    names = [v.name for v in branch.output]
+    for part in (node, *branch.node):
+        names += (*part.input, *part.output)
+    return branch if all(isinstance(name, str) for name in names) else None  # else no UTF-8
 
 
 def _inlined(
@@ -78,6 +81,8 @@ def _inlined(
     wanted: dict[str, str] = {}
     copies = []
     for inner, outer in zip(branch.output, node.output, strict=True):
+        if not outer:  # nobody reads it
+            continue
         if inner.name in made and inner.name not in wanted:
             wanted[inner.name] = outer
         elif wanted.get(inner.name, inner.name) != outer:

@@ -79,6 +79,8 @@ def _unpacked(
     dims, block = [int(n) for n in codes.shape.numpy()], low.integer("block_size")
     if bits not in BITS or codes.dtype != ir.DataType.UINT8 or len(dims) != 3:
         raise low.refuse(f"{name}: {bits} bits of {codes.dtype} are not supported")
+    if not all(dims) or (zeros is not None and zeros.dtype != ir.DataType.UINT8):
+        raise low.refuse(f"{name}: no codes at all, or zero points that are not uint8")
     experts, rows, columns = dims[0], dims[1], dims[2] * 8 // bits
     blocks = columns // block if block > 0 else 1
     if block > 0 and columns % block:
@@ -154,7 +156,7 @@ def _swiglu(low: Lowering, value: ir.Value, layer: _Layer) -> ir.Value:
     """``G * sigmoid(alpha * G) * (L + beta)`` of neighbours G and L, both limited."""
     shape = layer.weight.shape
     rows = shape[1] if shape is not None else None
-    if low.integer("swiglu_fusion") != 1 or not isinstance(rows, int):
+    if low.integer("swiglu_fusion") != 1 or not isinstance(rows, int) or rows % 2:
         raise low.refuse(f"SwiGLU that is not interleaved (swiglu_fusion = 1): {_NOTHING}")
     pairs = low.reshape(value, (-1, rows // 2, 2))
     parts = low.build.ops("Split", [pairs], {"axis": 2, "num_outputs": 2}, outputs=2)

@@ -61,7 +61,7 @@ def group_query_attention(low: Lowering) -> None:
     if (past[0] is None) != (past[1] is None):
         raise low.refuse("past_key and past_value must be given together")
     for memory in past:
-        _say_width(memory, head)
+        _say_width(low, memory, head)
     rows = _rows(low, past[0])
     if low.integer("do_rotary"):
         turn = _turn(low, rows, head)
@@ -73,12 +73,14 @@ def group_query_attention(low: Lowering) -> None:
     low.done(low.join_heads(outputs[0]), *placed)
 
 
-def _say_width(past: ir.Value | None, head: int) -> None:
+def _say_width(low: Lowering, past: ir.Value | None, head: int) -> None:
     """Writes the head width into the shape of a memory that leaves it open (genai exports do)."""
     if past is None or past.shape is None or len(past.shape) != 4:
         return
     if not isinstance(past.shape[3], int):
         past.shape = ir.Shape([*past.shape[:3], head])
+    elif past.shape[3] != head:
+        raise low.refuse(f"a memory of width {past.shape[3]} for heads of width {head}")
 
 
 def _separate(
@@ -131,8 +133,8 @@ def _rows(low: Lowering, past: ir.Value | None) -> _Rows:
     query = low.need(0, "query")
     seqlens, total = low.need(5, "seqlens_k"), low.need(6, "total_sequence_length")
     names = ("steps", "past", "start", "ends", "shift", "prompt", "total")
-    if query.shape is not None and len(query.shape) < 2:
-        raise low.refuse("the query has no positions")
+    if query.shape is not None and len(query.shape) != 3:
+        raise low.refuse(f"a query of {len(query.shape)} axes instead of 3")
     symbols = (str(query.shape and query.shape[1]), str(past is not None and _length(past)))
     keys = [("rows", seqlens.name, total.name, *symbols, name) for name in names]
     if keys[0] in low.shared:

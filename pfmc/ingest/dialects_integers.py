@@ -14,13 +14,14 @@ import onnx_ir as ir
 
 from pfmc.ingest.dialects_heads import self_attention
 from pfmc.ingest.dialects_norms import embed
-from pfmc.ingest.lowering import Lowering, rank
+from pfmc.ingest.lowering import Lowering, last_dim, rank
 from pfmc.ir import provenance
 
 _RANGES = {
     ir.DataType.UINT8: (0, 255), ir.DataType.INT8: (-128, 127),
     ir.DataType.UINT16: (0, 65535), ir.DataType.INT16: (-32768, 32767),
 }  # fmt: skip
+_LONG = (ir.DataType.UINT16, ir.DataType.INT16, ir.DataType.INT32)
 _FLOAT = {"to": int(ir.DataType.FLOAT)}
 
 
@@ -33,6 +34,11 @@ def _float(low: Lowering, value: ir.Value, like: ir.Value) -> ir.Value:
     return low.build.op("Cast", [value], {"to": int(kind)})
 
 
+def _check_halves(low: Lowering, kind: ir.DataType | None, scale: ir.Value) -> None:
+    if kind in _LONG and scale.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        raise low.refuse(f"floats of 16 bits hold no codes of type {kind}", "use a float32 scale")
+
+
 def _spread(low: Lowering, value: ir.Value, at: ir.Value, axis: int) -> ir.Value:
     """A scale or zero point of one axis in a shape that broadcasts against `at`."""
     size = value.const_value.size if value.const_value is not None else None
@@ -41,6 +47,8 @@ def _spread(low: Lowering, value: ir.Value, at: ir.Value, axis: int) -> ir.Value
     axes = rank(at)
     if rank(value) != 1 or axes is None:
         raise low.refuse("the rank of the operand or its scale is unknown")
+    if not -axes <= axis < axes:
+        raise low.refuse(f"scales or zero points along axis {axis} of {axes}")
     return low.reshape(value, [-1 if i == axis % axes else 1 for i in range(axes)])
 
 
@@ -50,6 +58,7 @@ def real(
     """``(codes - zero) * scale``; of constants a ``DequantizeLinear``, which folds lazily."""
     if _constant(codes) and _constant(scale) and (zero is None or _constant(zero)):
         return _stored(low, codes, scale, zero, axis)
+    _check_halves(low, codes.dtype, scale)
     number = _float(low, codes, scale)
     if zero is not None:
         zero = _spread(low, zero, codes, axis)
@@ -86,6 +95,7 @@ def rounded(
     """``Clip(Round(value / scale) + zero)`` as `kind`: half to even, as ONNX Runtime rounds."""
     if kind not in _RANGES:
         raise low.refuse(f"codes of type {kind} are not supported")
+    _check_halves(low, kind, scale)
     code = low.build.op("Div", [value, _spread(low, scale, value, axis)])
     code = low.build.op("Round", [code])
     if zero is not None:
@@ -204,6 +214,8 @@ class _Scaled:
         left = [v for v in scales.inputs if v is not None and not _constant(v)]
         if len(left) != 1 or len(right) != 1 or _is_vector(left[0]):
             return None
+        if rank(right[0]) not in (0, 1) or _is_vector(low.input(2)):
+            return None
         return cls(end, left[0], right[0])
 
     def write(self, low: Lowering) -> None:
@@ -218,8 +230,8 @@ class _Scaled:
         low.build.replace(self.end, [product])
 
 
-def _is_vector(value: ir.Value) -> bool:
-    return rank(value) not in (None, 0) and value.shape is not None and value.shape[-1] != 1
+def _is_vector(value: ir.Value | None) -> bool:
+    return value is not None and bool(rank(value)) and last_dim(value) != 1
 
 
 def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
@@ -229,10 +241,14 @@ def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
     return uses[0].node
 
 
-def _of_both(low: Lowering, at: int = 0) -> tuple[ir.Value, ir.Value]:
+def _of_both(
+    low: Lowering, at: int = 0, axes: tuple[int, int] = (1, 1)
+) -> tuple[ir.Value, ir.Value]:
     """The real numbers of two operands (codes, scale, zero point; twice) from input `at` on."""
-    left = real(low, low.need(at, "A"), low.need(at + 1, "A_scale"), low.input(at + 2))
-    right = real(low, low.need(at + 3, "B"), low.need(at + 4, "B_scale"), low.input(at + 5))
+    left = real(low, low.need(at, "A"), low.need(at + 1, "A_scale"), low.input(at + 2), axes[0])
+    right = real(
+        low, low.need(at + 3, "B"), low.need(at + 4, "B_scale"), low.input(at + 5), axes[1]
+    )
     return left, right
 
 
@@ -245,7 +261,7 @@ def _finish(low: Lowering, value: ir.Value, at: int, like: int = 0) -> None:
 
 def linear_mat_mul(low: Lowering) -> None:
     """MatMul of the real numbers, then rounded to codes."""
-    left, right = _of_both(low)
+    left, right = _of_both(low, axes=(-2, -1))
     _finish(low, low.build.op("MatMul", [left, right]), 6)
 
 
@@ -282,7 +298,9 @@ def _softmax_axis(low: Lowering, axes: int | None) -> dict[str, float]:
 
 def linear_concat(low: Lowering) -> None:
     """Concat of the real numbers, then rounded to codes."""
-    count = (len(low.node.inputs) - 2) // 3
+    count, rest = divmod(len(low.node.inputs) - 2, 3)
+    if count < 1 or rest:
+        raise low.refuse(f"{len(low.node.inputs)} inputs are no whole triples")
     parts = []
     for i in range(count):
         codes, scale, zero = (low.need(2 + 3 * i + j, "input") for j in range(3))

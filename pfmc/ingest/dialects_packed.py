@@ -148,7 +148,7 @@ class TableWeight:
         packed = self.codes.numpy().reshape(-1)
         count = self.inputs * self.outputs
         codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[:count]
-        full = levels.astype(np.float32)[codes] * np.repeat(peaks, self.block)[:count]
+        full = levels.astype(np.float32)[codes] * np.repeat(peaks, min(self.block, count))[:count]
         matrix = full.astype(peaks.dtype).reshape(self.outputs, self.inputs)
         return ir.Tensor(np.ascontiguousarray(matrix.T), dtype=self.peaks.dtype)
 
@@ -198,5 +198,6 @@ class PackedTable:
 
     def _spread(self, array: np.ndarray) -> np.ndarray:
         """One number for each code of its block."""
-        wide = np.repeat(array, self.block, axis=self.axis)
-        return np.take(wide, np.arange(self.shape[self.axis]), axis=self.axis)
+        length = self.shape[self.axis]
+        wide = np.repeat(array, min(self.block, length), axis=self.axis)
+        return np.take(wide, np.arange(length), axis=self.axis)

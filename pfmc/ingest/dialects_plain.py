@@ -8,6 +8,8 @@ import numpy as np
 
 from pfmc.ingest.lowering import Lowering, last_dim, rank
 
+_MANY = 1 << 22  # places that windows are gathered from
+
 
 def renamed(op_type: str) -> Callable[[Lowering], None]:
     """The standard operator `op_type` with the same inputs and attributes."""
@@ -67,6 +69,8 @@ def unfold(low: Lowering) -> None:
         raise low.refuse("the length of the unfolded axis is unknown")
     if size > length:
         raise low.refuse(f"windows of {size} of an axis of {length}")
+    if size * ((length - size) // step + 1) > _MANY:
+        raise low.refuse(f"windows of {size} of an axis of {length} are too many")
     starts = np.arange(0, length - size + 1, step)
     places = low.build.constant((starts[:, None] + np.arange(size)[None]).astype(np.int64))
     found = low.build.op("Gather", [value, places], {"axis": axis})

@@ -74,7 +74,7 @@ def fused_gemm(low: Lowering) -> None:
     kinds = {"transA": int, "transB": int, "alpha": float, "beta": float}
     found = low.node.attributes
     attributes = {n: kind(found[n].value) for n, kind in kinds.items() if n in found}
-    operands = [v for v in low.node.inputs if v is not None]
+    operands = [low.need(0, "A"), low.need(1, "B"), low.input(2)]
     product = low.build.op("Gemm", operands, attributes)
     extra = {
         name: low.number(own, default)
@@ -88,7 +88,8 @@ def fused_conv(low: Lowering) -> None:
     names = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
     found = low.node.attributes
     attributes = {n: found[n].value for n in names if n in found}
-    value = low.build.op("Conv", [v for v in low.node.inputs[:3] if v is not None], attributes)
+    operands = [low.need(0, "X"), low.need(1, "W"), low.input(2)]
+    value = low.build.op("Conv", operands, attributes)
     value = low.add(value, low.input(3))
     numbers = list(found["activation_params"].as_floats()) if "activation_params" in found else []
     wanted = [name for name, _, _ in _ACTIVATIONS.get(low.word("activation", ""), ())]

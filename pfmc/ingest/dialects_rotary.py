@@ -10,6 +10,8 @@ import onnx_ir as ir
 from pfmc.ingest.lowering import Lowering, last_dim, rank
 from pfmc.ir.vocabulary import ROTARY
 
+_WIDEST = 1 << 16  # pairs of elements of a head
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -111,7 +113,7 @@ def multimodal_rotary_embedding(low: Lowering) -> None:
     half = last_dim(tables[0]) or 0
     given = low.node.attributes.get("mrope_section")
     sections = list(given.as_ints()) if given is not None else []
-    if len(sections) != 3 or sum(sections) != half or rank(positions) != 3:
+    if len(sections) != 3 or sum(sections) != half or rank(positions) != 3 or half > _WIDEST:
         raise low.refuse("mrope_section, cos_cache and position_ids do not fit each other")
     which = _sections(sections, half, low.integer("mrope_layout"))
     key = ("mrope", tables[0].name, tables[1].name, positions.name, tuple(which))

@@ -118,7 +118,13 @@ class ExternalData:
                 where=where,
                 mend=f"if you trust that place, {_advice(folder, real)}",
             )
-        self._check_file(named, real, root, where)
+        try:
+            self._check_file(named, real, root, where)
+        except OSError as error:  # too long a name, a folder that may not be entered
+            raise InputError(
+                f"The data file {location[:80]!r} cannot be reached: {error.strerror}", where=where,
+                mend="keep the data file beside the model under a plain name",
+            ) from error  # fmt: skip
         return real
 
     def _check_file(self, named: Path, real: Path, root: Path | None, where: str) -> None:

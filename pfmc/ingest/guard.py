@@ -90,6 +90,8 @@ class Guard:
         self._growth()
         self._graph()
         for key, function in self.functions.items():
+            self._once(list(function.input), "function input")
+            self._attributes(onnx.NodeProto(op_type=key[1], attribute=function.attribute_proto))
             self._body(function, f"function {_spell(key)}", set(function.input))
 
     def _say(
@@ -306,6 +308,11 @@ class Guard:
                           tensors=(name,))  # fmt: skip
 
     def _node(self, node: onnx.NodeProto, opset: int, in_function: bool) -> None:
+        if self._attributes(node, in_function):
+            self._schema(node, opset)
+
+    def _attributes(self, node: onnx.NodeProto, in_function: bool = False) -> bool:
+        """Whether the attributes of a node, or the defaults of a function, can be read."""
         seen = set()
         for attribute in node.attribute:
             what = ""
@@ -323,7 +330,7 @@ class Guard:
                 what = f"Attribute {attribute.name!r} is of a kind that is not read"
             if what:
                 self._say("PFM109", what, node_name(node), nodes=(label(node),))
-                return
+                return False
             seen.add(attribute.name)
             for tensor in (
                 *((attribute.t,) if attribute.HasField("t") else ()),
@@ -331,7 +338,7 @@ class Guard:
             ):
                 place = f"{node_name(node)}, attribute {attribute.name!r}"
                 self._tensor(tensor, place, nodes=(label(node),))
-        self._schema(node, opset)
+        return True
 
     def _call(self, node: onnx.NodeProto, function: onnx.FunctionProto) -> None:
         what = _first_surplus(node, function)
@@ -374,6 +381,8 @@ def _is_no_equation(attribute: onnx.AttributeProto) -> bool:
 
 
 def _first_surplus(node: onnx.NodeProto, function: onnx.FunctionProto) -> str:
+    if node.overload != function.overload:
+        return f"Overload {node.overload!r} of a function is called that is not in the file"
     for what, given, formal in (
         ("inputs", node.input, function.input), ("outputs", node.output, function.output)
     ):  # fmt: skip

@@ -115,12 +115,15 @@ def drop_traces(proto: onnx.ModelProto) -> None:
         node.ClearField("doc_string")
         _keep(node.metadata_props, provenance.SCOPE_KEYS)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        value.type.ClearField("denotation")
         if len(value.metadata_props):
             _keep(value.metadata_props, provenance.WEIGHT_KEYS)
     for function in proto.functions:
         del function.metadata_props[:], function.value_info[:]
         for node in function.node:
             del node.metadata_props[:]
+            for attribute in node.attribute:
+                attribute.ClearField("doc_string")
     del proto.metadata_props[:], proto.graph.metadata_props[:], proto.configuration[:]
     del proto.graph.quantization_annotation[:]
 
@@ -170,11 +173,15 @@ def _root(error: BaseException) -> str:
 
 def _embed_attributes(proto: onnx.ModelProto, external: ExternalData) -> None:
     """Constants of nodes that lie outside the file are read in; they are few and small."""
-    for node in (*proto.graph.node, *(n for f in proto.functions for n in f.node)):
-        for attribute in node.attribute:
+    nodes = (*proto.graph.node, *(n for f in proto.functions for n in f.node))
+    for holder, attributes in (
+        *((f"node {n.name!r}", n.attribute) for n in nodes),
+        *((f"function {f.name!r}", f.attribute_proto) for f in proto.functions),
+    ):
+        for attribute in attributes:
             for tensor in (attribute.t, *attribute.tensors):
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                    where = f"{external.model_path}: node {node.name!r}"
+                    where = f"{external.model_path}: {holder}"
                     tensor.raw_data = external.extent(tensor, where).bytes()
                     tensor.ClearField("data_location")
                     tensor.ClearField("external_data")

@@ -124,7 +124,7 @@ def _softmax(up: Upgrade) -> None:
     assert source is not None
     axis = up.integer("axis", 1)
     rank = len(source.shape) if source.shape is not None else None
-    if axis == -1 or (rank and axis % rank == rank - 1):
+    if axis == -1 or axis + 1 == rank:
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
         return
     shape = up.builder.op("Shape", [source])

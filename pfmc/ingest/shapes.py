@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import onnx
-from onnx import shape_inference
+from onnx import checker, shape_inference
 
 from pfmc.errors import InputError
 from pfmc.ingest.limits import bounded
@@ -37,6 +37,8 @@ def infer(proto: onnx.ModelProto, file: str) -> None:
             )
     except MemoryError as error:
         raise InputError(TOO_LONG, where=file) from error
+    except checker.ValidationError as error:  # functions that call each other too deep
+        raise InputError(str(error).partition("\n")[0], where=file) from error
     except (shape_inference.InferenceError, LookupError, ValueError, RuntimeError) as error:
         first, *others = reasons(str(error))
         refusal = InputError(first, where=file, mend=_mend())
@@ -45,7 +47,13 @@ def infer(proto: onnx.ModelProto, file: str) -> None:
         raise refusal from error
     _drop_odd_notes(proto.graph)
     noted = {v.name: v for v in (*proto.graph.value_info, *proto.graph.output)}
+    given = {v.name: v for v in proto.graph.input}
+    for value in proto.graph.output:
+        if value.name in given:  # an output that is an input is what the input is
+            value.type.CopyFrom(given[value.name].type)
     for value in (*known.graph.value_info, *known.graph.output):
+        if value.name in given:
+            continue
         if value.name in noted:
             _correct(noted[value.name].type.tensor_type, value.type.tensor_type)
         else:
@@ -64,7 +72,8 @@ def known_types(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
     try:
         with bounded(room(bare.ByteSize())):
             known = shape_inference.infer_shapes(bare, data_prop=not _vast(bare)).graph
-    except (shape_inference.InferenceError, MemoryError, LookupError, ValueError, RuntimeError):
+    except (shape_inference.InferenceError, checker.ValidationError, MemoryError, LookupError,
+            ValueError, RuntimeError):  # fmt: skip
         known = proto.graph
     inferred = (*known.input, *known.output, *known.value_info)
     for value in inferred:
@@ -85,18 +94,21 @@ def _vast(bare: onnx.ModelProto) -> bool:
     say "to the end" in slices.
     """
     graph = bare.graph
-    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute]
-    plain = (v for n in graph.node for a in n.attribute for v in (a.i, *a.ints)
-             if n.op_type == "Constant")  # fmt: skip
-    if any(map(_is_vast, plain)):
+    nodes = [*graph.node, *(n for f in bare.functions for n in f.node)]
+    calls = {f.name for f in bare.functions}  # they may hand numbers on to Constants
+    held = [n for n in nodes if n.op_type == "Constant" or n.op_type in calls]
+    constants = [a.t for n in held for a in n.attribute]
+    plain = (v for n in held for a in n.attribute for v in (a.i, *a.ints))
+    if any(map(is_vast, plain)):
         return True
-    if any(_is_vast(d.dim_value) for v in graph.input for d in v.type.tensor_type.shape.dim
+    if any(is_vast(d.dim_value) for v in graph.input for d in v.type.tensor_type.shape.dim
            if len(v.type.tensor_type.shape.dim) == 1):  # fmt: skip
         return True
     return any(_holds_vast(t) for t in (*graph.initializer, *constants))
 
 
-def _is_vast(number: int) -> bool:
+def is_vast(number: int) -> bool:
+    """Whether a vector of so many elements is too long to be written out."""
     return _LONGEST <= abs(number) < 1 << 62 and abs(number) not in _TO_THE_END
 
 
@@ -107,7 +119,7 @@ def _holds_vast(tensor: onnx.TensorProto) -> bool:
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.ByteSize() > _SMALL_BYTES:
         return False
     raw = np.frombuffer(tensor.raw_data[: len(tensor.raw_data) // 8 * 8], kind)
-    return any(map(_is_vast, (*map(int, raw), *tensor.int64_data, *tensor.int32_data)))
+    return any(map(is_vast, (*map(int, raw), *tensor.int64_data, *tensor.int32_data)))
 
 
 def _drop_odd_notes(graph: onnx.GraphProto) -> None:

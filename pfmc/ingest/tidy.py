@@ -30,6 +30,7 @@ def inline_functions(model: ir.Model) -> None:
     for function in model.functions.values():
         function.opset_imports.clear()
         function.opset_imports.update(model.graph.opset_imports)
+        _part_outputs(function)
     for body in (model.graph, *model.functions.values()):
         for node in body:
             called = model.functions.get(node.op_identifier())
@@ -43,6 +44,21 @@ def inline_functions(model: ir.Model) -> None:
             mend="see whether a call leaves out an input that its function hands on",
         ) from error  # fmt: skip
     model.functions.clear()
+
+
+def _part_outputs(body: ir.Function) -> None:
+    """Outputs of a function that are its inputs, or one value twice, get values of their own.
+
+    Inlined as they are, they would rename what the call was given.
+    """
+    seen = set(body.inputs)
+    for index, value in enumerate(body.outputs):
+        if value in seen:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].name = f"{value.name}_output_{index}"
+            body.append(copy)
+            body.outputs[index] = copy.outputs[0]
+        seen.add(value)
 
 
 def plain_inputs(graph: ir.Graph) -> None:
@@ -79,6 +95,7 @@ def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 def lift_constants(graph: ir.Graph) -> None:
     """Every ``Constant`` node becomes an initialiser of the same name."""
+    taken = {v.name for v in all_values(graph)}
     for node in [n for n in graph if is_op(n, "Constant")]:
         old = node.outputs[0]
         tensor = _constant(node)
@@ -90,19 +107,22 @@ def lift_constants(graph: ir.Graph) -> None:
             metadata_props=dict(old.metadata_props),
         )
         if old.is_graph_output():
-            graph.initializers.add(_keep_output(graph, node, fresh))
+            graph.initializers.add(_keep_output(graph, node, fresh, taken))
             continue
         ir.convenience.replace_all_uses_with(old, fresh)
         graph.remove(node, safe=True)
-        graph.initializers.add(fresh)
+        if fresh.name:  # a call may leave an output of its function out
+            graph.initializers.add(fresh)
 
 
-def _keep_output(graph: ir.Graph, node: ir.Node, fresh: ir.Value) -> ir.Value:
+def _keep_output(
+    graph: ir.Graph, node: ir.Node, fresh: ir.Value, taken: set[str | None]
+) -> ir.Value:
     """A constant graph output is fed by an Identity from an initialiser of another name."""
     old = node.outputs[0]
-    taken = {v.name for v in all_values(graph)}
     names = (f"{old.name}_constant{n or ''}" for n in itertools.count())
     fresh.name = next(n for n in names if n not in taken)
+    taken.add(fresh.name)
     identity = ir.node("Identity", [fresh], name=node.name, metadata_props=node.metadata_props)
     graph.insert_before(node, identity)
     ir.convenience.replace_all_uses_with(old, identity.outputs[0], replace_graph_outputs=True)
@@ -165,11 +185,21 @@ def infer_shapes(model: ir.Model) -> None:
         was, log.propagate = log.propagate, False
         try:
             with bounded(shapes.room(len(list(model.graph)) << 10)):
-                ShapeInferencePass()(model)
+                ShapeInferencePass(data_prop=not _vast(model.graph))(model)
         finally:
             log.removeHandler(heard)
             log.propagate = was
         heard.complain()
+
+
+def _vast(graph: ir.Graph) -> bool:
+    """Whether a constant may make a vector too long to be written out; see `shapes.infer`."""
+    small = (v.const_value for v in graph.initializers.values())
+    numbers = (t.numpy() for t in small if t is not None and t.dtype in _WHOLE and t.size < 512)
+    return any(shapes.is_vast(n) for array in numbers for n in array.reshape(-1).tolist())
+
+
+_WHOLE = (ir.DataType.INT32, ir.DataType.INT64)
 
 
 class _Heard(logging.Handler):

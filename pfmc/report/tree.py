@@ -65,12 +65,15 @@ def _stem(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
+_DEEPEST = 64  # levels; what a scope has below them is one name
+
+
 def grow(items: Iterable[Item], root: str = "model") -> Branch:
     """The tree of `items` by their scopes."""
     tree = Branch(root)
     for item in items:
         branch = tree
-        for name in filter(None, item.scope.split(".")):
+        for name in filter(None, item.scope.split(".", _DEEPEST)):
             branch = branch.parts.setdefault(name, Branch(name))
         branch.items.append(item)
     return tree

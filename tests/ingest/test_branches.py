@@ -76,6 +76,29 @@ def test_the_branch_with_memory_is_taken(
         np.testing.assert_allclose(mine, truth[str(value.name)], rtol=1e-6)
 
 
+def test_an_output_that_nobody_reads_stays_in_the_branch(
+    save: Callable[[Any], Path], run_loaded: Callable[..., list[np.ndarray]]
+) -> None:
+    """Its name was once taken away, from those who read it in the branch as well."""
+    model = merged()
+    model.graph.node[0].output[1] = ""
+    del model.graph.output[1]
+    branch = next(a.g for a in model.graph.node[0].attribute if a.name == "then_branch")
+    branch.node[1].CopyFrom(helper.make_node("Clip", ["x", "", "sum"], ["scaled"]))
+    branch.node[0].CopyFrom(helper.make_node("ReduceMin", ["x"], ["sum"], keepdims=0))
+    feeds = {k: np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4) for k in ("x", "past")}
+    (found,) = run_loaded(load(save(model)).model, feeds)
+    weight = numpy_helper.to_array(model.graph.initializer[0])
+    np.testing.assert_allclose(found, np.full((2, 4), -1, np.float32) @ weight, rtol=1e-6)
+
+
+def test_names_in_a_branch_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(merged().SerializeToString().replace(b"scaled", b"sc\xff\xfeed"))
+    with pytest.raises(InputError, match="control flow"):
+        load(path)
+
+
 def test_other_control_flow_is_refused(save: Callable[[Any], Path]) -> None:
     with pytest.raises(InputError, match="control flow"):
         load(save(merged(condition="some_switch")))

@@ -241,3 +241,54 @@ def test_quantised_transformers(form: str, tmp_path: Path) -> None:
     assert check.illegal(model, Stage.CANONICAL) == []
     assert len(vocabulary.fixed_linears(model)) == 7
     np.testing.assert_allclose(run_model(model, IDS)[0], want, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (4, 1), (1, 4), (1, 1, 1)])
+def test_scales_behind_an_integer_product(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Scales of the rows were once taken for those of the columns."""
+    node = onnx.helper.make_node
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        node("MatMulInteger", ["q", "w", "z"], ["p"]),
+        node("Cast", ["p"], ["c"], to=1),
+        node("Mul", ["s", "r"], ["sr"]),
+        node("Mul", ["c", "sr"], ["y"]),
+    ]
+    held = {"w": whole(-9, 9, 8, 4, kind=np.int8), "r": normal(*shape)}
+    ends = [[onnx.helper.make_tensor_value_info(n, 1, d)] for n, d in (("x", [4, 8]), ("y", None))]
+    kept = [onnx.numpy_helper.from_array(v, k) for k, v in held.items()]
+    imports = [onnx.helper.make_opsetid("", 20)]
+    graph = onnx.helper.make_graph(nodes, "g", *ends, kept)
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
+    feeds = {"x": normal(4, 8)}
+    (expected,) = make_session(model.SerializeToString()).run(None, feeds)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    (found,) = run_model(load(path).model, feeds)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def _refused(
+    op: str, inputs: list[str], feeds: Weights, weights: Weights, more: dict[str, Any],
+    message: str, folder: Path, domain: str,
+) -> None:  # fmt: skip
+    model = proto(op, inputs, feeds, weights, ["y"], more, domain=domain)
+    model.graph.output[0].type.tensor_type.elem_type = 5 if "z16" in weights else 2
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=message):
+        load(path)
+
+
+def test_integer_arithmetic_that_is_refused(tmp_path: Path) -> None:
+    one, zero = np.ones((), np.float32), np.zeros((), np.uint8)
+    _refused("QLinearConcat", ["s", "z", "c", "s", "z", "c"], {"c": whole(0, 9, 3)},
+             {"s": one, "z": zero}, {"axis": 0}, "no whole triples", tmp_path,
+             "com.microsoft")  # fmt: skip
+    _refused("QuantizeLinear", ["x", "s", "z"], {"x": normal(3, 8)},
+             {"s": normal(8), "z": np.zeros(8, np.uint8)}, {"axis": 7}, "along axis 7 of 2",
+             tmp_path, "")  # fmt: skip
+    _refused("QuantizeLinear", ["x", "s", "z16"], {"x": normal(3, 8).astype(np.float16)},
+             {"s": one.astype(np.float16), "z16": np.zeros((), np.int16)}, {}, "of 16 bits",
+             tmp_path, "")  # fmt: skip

@@ -7,10 +7,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from pfmc.errors import InputError
 from pfmc.ingest import load
+from pfmc.ingest.dialects_packed import PackedTable, TableWeight
 from pfmc.ir import check, vocabulary
 from pfmc.ir.vocabulary import Stage
 from pfmc.passes import pipeline, recipe
@@ -315,3 +317,30 @@ def test_a_packed_table_with_zero_points_of_another_form(zeros: Any, tmp_path: P
     more = {"bits": 4, "block_size": 32}
     _refused("GatherBlockQuantized", ["B", "i", "s", "z"], {"i": np.zeros(2, np.int64)}, weights,
              more, "zero points do not have", tmp_path)  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1 << 28, 1 << 62])
+def test_blocks_far_longer_than_what_they_cut(block: int) -> None:
+    """Once repeated in memory to the length of the block."""
+    codes, peaks = ir.tensor(whole(0, 256, 32)), ir.tensor(normal(1))
+    long, fit = (TableWeight(codes, peaks, 8, 8, n, True)().numpy() for n in (block, 64))
+    np.testing.assert_array_equal(long, fit)
+    codes, scales = ir.tensor(whole(0, 256, 4, 16)), ir.tensor(normal(4, 1))
+    tables = [PackedTable(codes, scales, None, (4, 32), 1, 4, n)().numpy() for n in (block, 32)]
+    np.testing.assert_array_equal(*tables)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"), [("FusedGemm", ["", "b", "c"]), ("FusedConv", ["x", "", "c"])]
+)
+def test_a_left_out_operand_is_not_the_next_one(op: str, inputs: list[str], tmp_path: Path) -> None:
+    feeds = {n: normal(1, 3, 8, 8) if op == "FusedConv" else normal(3, 3) for n in "xb"}
+    weights = {"c": normal(2, 3, 3, 3) if op == "FusedConv" else normal(3, 3)}
+    _refused(op, inputs, feeds, weights, {}, "is missing", tmp_path)
+
+
+def test_experts_with_zero_points_that_are_no_codes(tmp_path: Path) -> None:
+    weights = {"w": whole(0, 256, 2, 8, 4), "s": normal(2, 8), "z": normal(2, 4)}
+    names = ["x", "r", "w", "s", "", "w", "s", "", "", "", "", "z"]
+    feeds = {"x": normal(3, 8), "r": normal(3, 2)}
+    _refused("QMoE", names, feeds, weights, {"expert_weight_bits": 4}, "not uint8", tmp_path)

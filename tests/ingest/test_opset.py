@@ -318,6 +318,19 @@ def test_a_bound_that_the_type_does_not_hold(
     assert "unsupported type" in lint(save(linear)).to_text()
 
 
+def test_an_axis_beyond_the_last_is_not_taken_round(
+    linear: Any, save: Callable[[Any], Path]
+) -> None:
+    del linear.graph.node[:], linear.graph.initializer[:]
+    linear.graph.node.append(make.make_node("Softmax", ["x"], ["y"], axis=5))
+    linear.graph.input[0].CopyFrom(make.make_tensor_value_info("x", 1, ["n", 8]))
+    linear.graph.output[0].CopyFrom(make.make_tensor_value_info("y", 1, None))
+    del linear.opset_import[:]
+    linear.opset_import.append(make.make_opsetid("", 9))
+    with pytest.raises(InputError, match="Invalid value"):
+        load(save(linear))
+
+
 def test_every_change_is_an_operator_of_the_standard() -> None:
     known = {s.name for s in onnx.defs.get_all_schemas_with_history() if s.domain == ""}
     assert set(CHANGES) <= known
