@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,6 +21,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BARD = ROOT / "models" / "bard" / "model.onnx"
 VOCABULARY = 128
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell does to what it runs behind
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
