@@ -50,7 +50,7 @@ def _measured(folder: Path, shape: Shape) -> Iterator[Figure]:
     settings = [word for s in SETTINGS for word in ("--set", s)]
     done = process.run(process.pfmc(
         "compile", str(folder / "model.onnx"), "--target", "rom", "-o", str(out), "--force",
-        "--inputs", str(folder / "ids.npz"), *settings,
+        "--input", str(folder / "ids.npz"), *settings,
     ))  # fmt: skip
     shutil.rmtree(out)
     largest = max(4 * np.prod(dims) for _, dims in shape.weights() if len(dims) == 2) / 1e6
