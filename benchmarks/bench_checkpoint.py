@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from benchmarks import process
 from benchmarks.figure import Figure, table
-from benchmarks.synthetic import Shape
+from benchmarks.synthetic import Shape, placed
 
 LAYERS = 20
 SHARDS = 3
@@ -91,10 +90,7 @@ def figures(folder: Path | None = None, layers: int = LAYERS) -> Iterator[Figure
         layers: decoder layers; 20 give 1.1e9 parameters.
     """
     shape = Shape(layers=layers)
-    with tempfile.TemporaryDirectory(prefix="pfmc-bench-") as temporary:
-        place = folder or Path(temporary)
-        if not (place / "config.json").is_file():
-            generate(place, shape)
+    with placed(folder, "config.json", generate, shape) as place:
         yield from _compared(place)
 
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 from benchmarks import process
 from benchmarks.bench_checkpoint import CANONICAL
 from benchmarks.figure import Figure, table
-from benchmarks.synthetic import Shape, generate
+from benchmarks.synthetic import Shape, generate, placed
 
 LAYERS = 20
 
@@ -54,10 +53,7 @@ def figures(folder: Path | None = None, layers: int = LAYERS) -> Iterator[Figure
         layers: decoder layers; 20 give 1.16e9 parameters.
     """
     shape = Shape(layers=layers)
-    with tempfile.TemporaryDirectory(prefix="pfmc-bench-") as temporary:
-        place = folder or Path(temporary)
-        if not (place / "model.onnx").is_file():
-            generate(place, shape)
+    with placed(folder, "model.onnx", generate, shape) as place:
         yield from _compared(place, shape)
 
 

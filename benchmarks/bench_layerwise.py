@@ -2,7 +2,7 @@
 
 Every layer is rounded by `compensate` on what the layers rounded before it give, so both streams of
 the model run. The goal is three times the largest layer in float32 and 500 MB; mapped pages of the
-input file count. 20 layers take half an hour; the peak does not depend on their number.
+input file count. 20 layers take half an hour by what one takes (143 CPU s, most of it the head).
 
     python -m benchmarks.bench_layerwise [--folder DIR] [--layers N]
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 from benchmarks import process
 from benchmarks.bench_large import LAYERS
 from benchmarks.figure import Figure, table
-from benchmarks.synthetic import Shape, generate
+from benchmarks.synthetic import Shape, generate, placed
 
 SEQUENCES, LENGTH = 4, 32
 SETTINGS = (
@@ -36,10 +35,7 @@ def figures(folder: Path | None = None, layers: int = LAYERS) -> Iterator[Figure
         layers: decoder layers; 20 give 1.16e9 parameters.
     """
     shape = Shape(layers=layers)
-    with tempfile.TemporaryDirectory(prefix="pfmc-bench-") as temporary:
-        place = folder or Path(temporary)
-        if not (place / "model.onnx").is_file():
-            generate(place, shape)
+    with placed(folder, "model.onnx", generate, shape) as place:
         yield from _measured(place, shape)
 
 

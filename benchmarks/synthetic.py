@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,3 +207,15 @@ def _prologue(add) -> None:  # type: ignore[no-untyped-def]
     add("Unsqueeze", "positions axis1", "rows")
     add("LessOrEqual", "columns rows", "visible")
     add("Where", "visible nothing lowest", "mask")
+
+
+@contextmanager
+def placed(
+    folder: Path | None, file: str, make: Callable[[Path, Shape], object], shape: Shape
+) -> Iterator[Path]:
+    """The folder of a synthetic model, made there unless its `file` is; a temporary one if None."""
+    with tempfile.TemporaryDirectory(prefix="pfmc-bench-") as temporary:
+        place = folder or Path(temporary)
+        if not (place / file).is_file():
+            make(place, shape)
+        yield place
