@@ -77,7 +77,9 @@ def compile_node(node: ir.Node) -> Callable[[Sequence[Array | None]], tuple[Arra
             result = runs[arrays.name](*inputs)
         except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
             _misfit(node, inputs, error)
-        return result if isinstance(result, tuple) else (result,)
+        results = result if isinstance(result, tuple) else (result,)
+        growth.check_empty(node.op_type, results, describe(node))
+        return results
 
     return run
 

@@ -26,6 +26,17 @@ def check(op_type: str, inputs: Sequence[Array | None], where: str) -> None:
         raise InputError(f"{op_type} makes {count:.4g} elements; at most {MOST}", where=where)
 
 
+def check_empty(op_type: str, results: Sequence[Array | None], where: str) -> None:
+    """Refuses an empty result with sides so long that a loop over them does not end.
+
+    Raises:
+        InputError: it has.
+    """
+    for result in results:
+        if result is not None and 0 in result.shape and _product(result.shape) > MOST:
+            raise InputError(f"{op_type} makes an empty tensor {tuple(result.shape)}", where=where)
+
+
 def _size(inputs: Sequence[Array | None]) -> float:
     first = inputs[0] if inputs else None
     return float(math.prod(first.shape)) if first is not None else 0.0
@@ -37,7 +48,8 @@ def _numbers(inputs: Sequence[Array | None], position: int) -> list[float]:
 
 
 def _product(numbers: Sequence[float]) -> float:
-    return math.prod(abs(x) for x in numbers)
+    """Elements of these sides; a side of 0 counts as 1, for what reads it loops over the others."""
+    return math.prod(max(abs(x), 1.0) for x in numbers)
 
 
 def _repeated(inputs: Sequence[Array | None]) -> float:
