@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ import onnx_ir as ir
 
 from pfmc.errors import InputError, PfmcError
 from pfmc.ir import meaning, vocabulary
+from pfmc.ir.meaning import growth
+from pfmc.ir.meaning.elementwise import ELEMENTWISE
 from pfmc.ir.probe import ShapeProbe
 
 PROBES = ((3, 5), (5, 9))
@@ -23,6 +26,8 @@ SIDES = (224, 32, 30, 64, 16, 28, 48, 96, 128, 256, 384, 336, 448, 512)
 
 _LARGE = 1 << 20
 _MOST = 1 << 27  # elements of a graph input in one run
+_SKETCHED = 1 << 29  # elements of a value of real numbers that is not computed
+_HELD = 1 << 28  # bytes of integers at one time
 
 Array = npt.NDArray[np.generic]
 
@@ -176,16 +181,36 @@ def _constant(value: ir.Value) -> Array:
 
 def _shapes(model: ir.Model, run: _Run) -> dict[str, ShapeProbe]:
     arrays: dict[ir.Value, Array] = {v: _feed(v, run) for v in model.graph.inputs}
-    last = _last_uses(model)
+    last, held = _last_uses(model), 0
     found = {str(v.name): _probe(a, run) for v, a in arrays.items()}
     for index, node in enumerate(model.graph):
         outputs = _outputs(node, arrays)
         for value, array in zip(node.outputs, outputs, strict=False):
-            arrays[value] = array
+            arrays[value] = _light(array)
             found[str(value.name)] = _probe(array, run)
+        held += sum(_written(arrays[v]) for v in dict.fromkeys(node.outputs) if v in arrays)
+        if held > _HELD:
+            raise InputError(
+                f"The integers of one run take {held} bytes; at most {_HELD}", where=str(node.name)
+            )
         for value in last.get(index, ()):
-            arrays.pop(value, None)
+            held -= _written(arrays.pop(value)) if value in arrays else 0
     return found
+
+
+def _light(array: Array) -> Array:
+    """`array`, or zeros of its shape that take no memory where it is large and of real numbers."""
+    large = array.dtype.kind not in "iub" and _written(array) > _LARGE
+    return _nothing(array.shape, array.dtype) if large else array
+
+
+def _nothing(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _written(array: Array) -> int:
+    """The bytes of `array` in memory."""
+    return int(array.nbytes) if all(array.strides) else 0
 
 
 def _last_uses(model: ir.Model) -> Mapping[int, Iterable[ir.Value]]:
@@ -218,6 +243,13 @@ def _outputs(node: ir.Node, arrays: Mapping[ir.Value, Array]) -> tuple[Array, ..
     if node.domain == vocabulary.DOMAIN and node.op_type in vocabulary.LINEARS:
         return (_product(node, arrays),)
     inputs = [None if v is None else _value(v, arrays) for v in node.inputs]
+    sketch = _sketch(node, inputs)
+    if sketch is not None:
+        return (sketch,)
+    largest = max((a.size for a in inputs if a is not None), default=0)
+    if largest > _MOST and node.op_type not in _VIEWS:
+        what = f"{node.op_type} reads {largest} elements in one run; at most {_MOST}"
+        raise InputError(what, where=str(node.name))
     try:
         with np.errstate(all="ignore"):
             return tuple(np.asarray(a) for a in meaning.compile_node(node)(inputs))
@@ -226,6 +258,50 @@ def _outputs(node: ir.Node, arrays: Mapping[ir.Value, Array]) -> tuple[Array, ..
         raise InputError(
             f"{node.op_type} does not run on shapes {shapes}: {error}", where=str(node.name)
         ) from error
+
+
+_VIEWS = frozenset({
+    "Expand", "Flatten", "Identity", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze",
+    "Transpose", "Unsqueeze",
+})  # fmt: skip
+
+
+def _sketch(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
+    """A large result of real numbers as zeros that take no memory; None where it is computed."""
+    given = [a for a in inputs if a is not None]
+    if not given or node.domain not in ("", "ai.onnx") or len(node.outputs) != 1:
+        return None
+    shape = _foreseen(node, inputs)
+    if math.prod(shape) <= _LARGE or not all(a.size for a in given):
+        return None
+    kind = given[0].dtype
+    if meaning.key_of(node) in ELEMENTWISE:
+        corners = [a if a is None else a[(slice(1),) * a.ndim] for a in inputs]
+        with np.errstate(all="ignore"):
+            kind = np.asarray(meaning.compile_node(node)(corners)[0]).dtype
+    if kind.kind in "iub":
+        return None
+    if math.prod(shape) > _SKETCHED:
+        what = f"{node.op_type} makes {math.prod(shape):.4g} elements; at most {_SKETCHED}"
+        raise InputError(what, where=str(node.name))
+    return _nothing(shape, kind)
+
+
+def _foreseen(node: ir.Node, inputs: Sequence[Array | None]) -> tuple[int, ...]:
+    """The shape of the result of an operator that is not looked into where it is large."""
+    first, second = (*inputs, None, None)[:2]
+    if node.op_type == "CastLike":
+        return ()
+    if meaning.key_of(node) in ELEMENTWISE:
+        return growth.broadcast(inputs)
+    if first is not None and second is not None and node.op_type == "MatMul":
+        return growth.product(first.shape, second.shape)
+    if first is not None and node.op_type in ("LogSoftmax", "Softmax"):
+        return tuple(first.shape)
+    if node.op_type == "Gather":
+        axis = node.attributes.get("axis")
+        return growth.gathered(inputs, 0 if axis is None else axis.as_int())
+    return ()
 
 
 def _value(value: ir.Value, arrays: Mapping[ir.Value, Array]) -> Array:

@@ -326,6 +326,10 @@ class Guard:
                 what = "batch_dims of a GatherND is negative or unknown: shape inference crashes"
             elif node.op_type == "Einsum" and _is_no_equation(attribute):
                 what = "The equation of an Einsum is malformed or unknown: shape inference hangs"
+            elif node.op_type == "LayerNormalization" and self._is_far_axis(attribute):
+                what = "The axis of a LayerNormalization is far away: shape inference crashes"
+            elif node.op_type == "Split" and _miscounts(attribute, len(node.output)):
+                what = "num_outputs of a Split is not how many it has: shape inference crashes"
             elif attribute.type not in _ATTRIBUTES:
                 what = f"Attribute {attribute.name!r} is of a kind that is not read"
             if what:
@@ -339,6 +343,15 @@ class Guard:
                 place = f"{node_name(node)}, attribute {attribute.name!r}"
                 self._tensor(tensor, place, nodes=(label(node),))
         return True
+
+    def _is_far_axis(self, attribute: onnx.AttributeProto) -> bool:
+        """Whether onnx 1.23, which counts axes in int32, could end the process on it."""
+        if attribute.name != "axis" or not attribute.ref_attr_name:
+            return attribute.name == "axis" and abs(attribute.i) > _FAR
+        calls = (n for n, _ in self._all_nodes() if (n.domain, n.op_type) in self.functions)
+        given = [*(a for n in calls for a in n.attribute)]
+        given += [a for f in self.functions.values() for a in f.attribute_proto]
+        return any(abs(a.i) > _FAR for a in given)
 
     def _call(self, node: onnx.NodeProto, function: onnx.FunctionProto) -> None:
         what = _first_surplus(node, function)
@@ -368,6 +381,17 @@ class Guard:
 def _counts_backwards(attribute: onnx.AttributeProto) -> bool:
     """Whether onnx 1.23, which reads this attribute unchecked, could end the process on it."""
     return attribute.name == "batch_dims" and (attribute.i < 0 or bool(attribute.ref_attr_name))
+
+
+_FAR = _MOST_PARTS = 1 << 16
+
+
+def _miscounts(attribute: onnx.AttributeProto, outputs: int) -> bool:
+    """Whether onnx 1.23, which makes room for so many parts unchecked, could end the process."""
+    if attribute.name != "num_outputs":
+        return False
+    fits = outputs <= attribute.i <= max(outputs, _MOST_PARTS)
+    return bool(attribute.ref_attr_name) or not fits
 
 
 _EQUATION = re.compile(rb"T(,T)*(->T)?".replace(b"T", rb"[A-Za-z ]*(\.\.\.)?[A-Za-z ]*"))

@@ -41,9 +41,12 @@ MAX_PROTO_BYTES = (1 << 31) - 1
 MAX_STRUCTURE_BYTES = 1 << 29
 MAX_ENTRIES = 1_000_000
 
-_GRAPH, _FUNCTIONS = 7, 25  # field numbers of ModelProto
-_NODE, _INITIALISER = 1, 5  # field numbers of GraphProto
-_WORDS = {_NODE: "nodes", _INITIALISER: "initialisers", 11: "inputs", 12: "outputs", 13: "values"}
+_GRAPH = 7  # field number of ModelProto
+_NODE, _INITIALISER, _OTHER = 1, 5, 0  # field numbers of GraphProto; 0 is none
+_WORDS = {
+    _NODE: "nodes", _INITIALISER: "initialisers", 11: "inputs", 12: "outputs", 13: "values",
+    _OTHER: "other fields",
+}  # fmt: skip
 
 
 def recognise(file: SourceFile) -> None:
@@ -145,11 +148,16 @@ def scan(file: SourceFile) -> None:
             mend="save the weights as external data",
         )
     view = memoryview(file.data)
+    counts = dict.fromkeys(_WORDS, 0)
+    graphs = []
     try:
-        graphs = [f for f in _fields(view, 0, file.size) if f.number in (_GRAPH, _FUNCTIONS)]
+        for index, entry in enumerate(_fields(view, 0, file.size)):
+            if index >= MAX_ENTRIES:
+                raise InputError(f"The file has more than {MAX_ENTRIES} fields", where=where)
+            if entry.number == _GRAPH:
+                graphs.append(entry)
         for graph in graphs:
-            if graph.number == _GRAPH:
-                _scan_graph(view, graph, where)
+            _scan_graph(view, graph, where, counts)
     except _BrokenError as broken:
         raise InputError(
             f"Not a valid ONNX file: damaged or cut off at byte {broken.position} of {file.size}: "
@@ -159,21 +167,18 @@ def scan(file: SourceFile) -> None:
         ) from broken
     finally:
         view.release()
-    if not any(graph.number == _GRAPH for graph in graphs):
+    if not graphs:
         raise InputError("Not a valid ONNX file: it holds no graph", where=where)
 
 
-def _scan_graph(view: memoryview, graph: _Field, where: str) -> None:
-    counts = dict.fromkeys(_WORDS, 0)
+def _scan_graph(view: memoryview, graph: _Field, where: str, counts: dict[int, int]) -> None:
+    """Walks one message of the graph, of which a file may hold several; `counts` are of all."""
     bulk = 0
     for entry in _fields(view, graph.start, graph.end):
-        if entry.number not in counts:
-            continue
-        counts[entry.number] += 1
-        if counts[entry.number] > MAX_ENTRIES:
-            raise InputError(
-                f"The graph has more than {MAX_ENTRIES} {_WORDS[entry.number]}", where=where
-            )
+        kind = entry.number if entry.number in _WORDS else _OTHER
+        counts[kind] += 1
+        if counts[kind] > MAX_ENTRIES:
+            raise InputError(f"The graph has more than {MAX_ENTRIES} {_WORDS[kind]}", where=where)
         if entry.number == _INITIALISER:
             bulk += entry.end - entry.start
     structure = graph.end - graph.start - bulk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx
@@ -15,6 +16,14 @@ from pfmc.ingest.tensors import DTYPES
 
 TOO_LONG = "Its shapes cannot be inferred: a vector of integers is far too long for a shape"
 _LONGEST, _TO_THE_END = 1 << 20, ((1 << 31) - 1, 1 << 31)
+_LENGTHENERS = frozenset({
+    "ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Reshape", "Resize", "Tile", "Upsample",
+})  # fmt: skip
+_ARITHMETIC = frozenset({
+    "Abs", "Add", "Cast", "Concat", "Div", "Gather", "Identity", "Max", "Min", "Mul", "Neg",
+    "Squeeze", "Sub", "Unsqueeze",
+})  # fmt: skip
+_LIKE = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _INTEGERS: dict[int, np.dtype[np.signedinteger]] = {
     onnx.TensorProto.INT64: np.dtype("<i8"), onnx.TensorProto.INT32: np.dtype("<i4"),
 }  # fmt: skip
@@ -104,7 +113,58 @@ def _vast(bare: onnx.ModelProto) -> bool:
     if any(is_vast(d.dim_value) for v in graph.input for d in v.type.tensor_type.shape.dim
            if len(v.type.tensor_type.shape.dim) == 1):  # fmt: skip
         return True
-    return any(_holds_vast(t) for t in (*graph.initializer, *constants))
+    if any(_holds_vast(t) for t in (*graph.initializer, *constants)):
+        return True
+    small = {t.name for t in graph.initializer if not _holds(t, _is_stride)}
+    if _leaps(graph.node, small) or any(_leaps(f.node, set()) for f in bare.functions):
+        return True
+    ends = {t.name for t in graph.initializer if _holds(t, _is_end)}
+    return any(_reaches(body.node, ends, calls) for body in (graph, *bare.functions))
+
+
+def _reaches(nodes: Iterable[onnx.NodeProto], ends: set[str], calls: set[str]) -> bool:
+    """Whether an end of int32, one of `ends` or a Constant, may become a length."""
+    ends = set(ends)
+    for node in nodes:
+        if node.op_type == "Constant":
+            plain = (v for a in node.attribute for v in (a.i, *a.ints))
+            if any(map(_is_end, plain)) or any(_holds(a.t, _is_end) for a in node.attribute):
+                ends.update(node.output)
+        elif not ends.isdisjoint(node.input):
+            if node.op_type in _LENGTHENERS or node.op_type in calls:
+                return True
+            if node.op_type in _ARITHMETIC:
+                ends.update(node.output)
+    return False
+
+
+def _leaps(nodes: Iterable[onnx.NodeProto], small: set[str]) -> bool:
+    """Whether the steps of a Slice may be beyond int32: onnx 1.23 then walks out of the vector.
+
+    All that is taken for sure are the initialisers `small`, Constants, and their like.
+    """
+    small = set(small)
+    for node in nodes:
+        if node.op_type == "Slice" and len(node.input) > 4 and node.input[4]:
+            if node.input[4] not in small:
+                return True
+        elif node.op_type == "Constant":
+            plain = (v for a in node.attribute for v in (a.i, *a.ints))
+            if not any(map(_is_stride, plain)) and not any(
+                a.ref_attr_name or _holds(a.t, _is_stride) for a in node.attribute
+            ):
+                small.update(node.output)
+        elif node.op_type in _LIKE and node.input and node.input[0] in small:
+            small.update(node.output)
+    return False
+
+
+def _is_stride(number: int) -> bool:
+    return abs(number) >= _LONGEST
+
+
+def _is_end(number: int) -> bool:
+    return abs(number) in _TO_THE_END
 
 
 def is_vast(number: int) -> bool:
@@ -113,13 +173,18 @@ def is_vast(number: int) -> bool:
 
 
 def _holds_vast(tensor: onnx.TensorProto) -> bool:
+    return _holds(tensor, is_vast)
+
+
+def _holds(tensor: onnx.TensorProto, fits: Callable[[int], bool]) -> bool:
+    """Whether a number of a small vector of integers fits."""
     kind = _INTEGERS.get(tensor.data_type)
     if kind is None:
         return False
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.ByteSize() > _SMALL_BYTES:
         return False
     raw = np.frombuffer(tensor.raw_data[: len(tensor.raw_data) // 8 * 8], kind)
-    return any(map(is_vast, (*map(int, raw), *tensor.int64_data, *tensor.int32_data)))
+    return any(map(fits, (*map(int, raw), *tensor.int64_data, *tensor.int32_data)))
 
 
 def _drop_odd_notes(graph: onnx.GraphProto) -> None:

@@ -52,10 +52,15 @@ def _part_outputs(body: ir.Function) -> None:
     Inlined as they are, they would rename what the call was given.
     """
     seen = set(body.inputs)
+    taken = {v.name for v in (*body.inputs, *(o for n in body for o in n.outputs))}
     for index, value in enumerate(body.outputs):
         if value in seen:
             copy = ir.node("Identity", [value])
-            copy.outputs[0].name = f"{value.name}_output_{index}"
+            stem = f"{value.name}_output_{index}"
+            names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(1)))
+            name = next(n for n in names if n not in taken)
+            taken.add(name)
+            copy.outputs[0].name = name
             body.append(copy)
             body.outputs[index] = copy.outputs[0]
         seen.add(value)
@@ -96,7 +101,9 @@ def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
 def lift_constants(graph: ir.Graph) -> None:
     """Every ``Constant`` node becomes an initialiser of the same name."""
     taken = {v.name for v in all_values(graph)}
-    for node in [n for n in graph if is_op(n, "Constant")]:
+    constants = [n for n in graph if is_op(n, "Constant")]
+    outputs: dict[ir.Value, ir.Value] = {}
+    for node in constants:
         old = node.outputs[0]
         tensor = _constant(node)
         fresh = ir.Value(
@@ -107,28 +114,34 @@ def lift_constants(graph: ir.Graph) -> None:
             metadata_props=dict(old.metadata_props),
         )
         if old.is_graph_output():
-            graph.initializers.add(_keep_output(graph, node, fresh, taken))
+            outputs[old] = _keep_output(graph, node, fresh, taken)
             continue
         ir.convenience.replace_all_uses_with(old, fresh)
-        graph.remove(node, safe=True)
         if fresh.name:  # a call may leave an output of its function out
             graph.initializers.add(fresh)
+    if outputs:  # all at once: each look at the graph's outputs walks through them
+        kept = [outputs.get(v, v) for v in graph.outputs]
+        graph.outputs.clear()
+        graph.outputs.extend(kept)
+    for old, new in outputs.items():
+        ir.convenience.replace_all_uses_with(old, new)
+    graph.remove(constants, safe=True)
+    for old, new in outputs.items():
+        new.name = old.name
 
 
 def _keep_output(
     graph: ir.Graph, node: ir.Node, fresh: ir.Value, taken: set[str | None]
 ) -> ir.Value:
-    """A constant graph output is fed by an Identity from an initialiser of another name."""
+    """What takes the place of a constant output: an Identity of an initialiser of another name."""
     old = node.outputs[0]
     names = (f"{old.name}_constant{n or ''}" for n in itertools.count())
     fresh.name = next(n for n in names if n not in taken)
     taken.add(fresh.name)
     identity = ir.node("Identity", [fresh], name=node.name, metadata_props=node.metadata_props)
     graph.insert_before(node, identity)
-    ir.convenience.replace_all_uses_with(old, identity.outputs[0], replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    identity.outputs[0].name = old.name
-    return fresh
+    graph.initializers.add(fresh)
+    return identity.outputs[0]
 
 
 def _constant(node: ir.Node) -> ir.TensorProtocol:

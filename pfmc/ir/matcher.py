@@ -190,8 +190,20 @@ def _is_transparent(node: ir.Node) -> bool:
         return False
     if node.op_type == "Identity":
         return True
-    source = see_through(node.inputs[0])
-    return source is not None and source.dtype is not None and attribute(node, "to") == source.dtype
+    kind = _kind(node.inputs[0])
+    return kind is not None and attribute(node, "to") == kind
+
+
+def _kind(value: ir.Value | None) -> ir.DataType | None:
+    """The element type of `value`, if need be of what Identity made it of; no recursion."""
+    while value is not None and value.dtype is None:
+        node = value.producer()
+        if node is None or node.op_type not in _ALIASES or not vocabulary.is_op(node, node.op_type):
+            return None
+        if node.op_type == "Cast":
+            return ir.DataType(attribute(node, "to"))
+        value = node.inputs[0]
+    return None if value is None else value.dtype
 
 
 def see_through(value: ir.Value | None) -> ir.Value | None:

@@ -143,6 +143,8 @@ def _squeeze(shapes: Shapes, node: ir.Node) -> Found:
         if any(isinstance(d, Poly) for d in dims):
             return None
         return [tuple(d for d in dims if d != 1)]
+    if any(not -len(dims) <= a < len(dims) for a in axes):
+        raise ValueError(f"axes {list(axes)[:8]} of {len(dims)}")
     places = {a % len(dims) for a in axes}
     return [tuple(d for i, d in enumerate(dims) if i not in places)]
 
@@ -325,7 +327,7 @@ def _reduce(shapes: Shapes, node: ir.Node) -> Found:
         return None
     if not axes and not matcher.attribute(node, "noop_with_empty_axes", 0):
         axes = tuple(range(len(dims)))
-    places, keep = {a % len(dims) for a in axes}, matcher.attribute(node, "keepdims", 1)
+    places, keep = {a % len(dims) for a in axes}, matcher.attribute(node, "keepdims", 1) == 1
     if keep:
         return [tuple(1 if i in places else d for i, d in enumerate(dims))]
     return [tuple(d for i, d in enumerate(dims) if i not in places)]

@@ -209,11 +209,13 @@ class _Sweep:
             what = f"Split makes {len(parts)} parts and has {len(node.outputs)} outputs"
             raise InputError(what, where=where(node))
         one_each = all(p.shape[:1] == (1,) for p in parts) and len(shape_of(first)) == 3
+        axis, start = matcher.attribute(node, "axis", 0), 0
         for i, (output, part) in enumerate(zip(node.outputs, parts, strict=True)):
             shape = tuple(int(n) for n in part.shape)
-            part_of = partial(_part, run, rest, i)
+            part_of = partial(_part, axis % len(shape), start, shape)
             lazy = derived(self.graph, first, shape, part_of)
-            if one_each and matcher.attribute(node, "axis", 0) == 0:
+            start += shape[axis]
+            if one_each and axis == 0:
                 lazy.meta[SLICE] = i
             output.replace_all_uses_with(lazy)
         matcher.remove_dead(self.graph, [node])
@@ -253,7 +255,7 @@ class _Sweep:
         if output.is_graph_output():
             return
         run = compile_node(node)
-        tensors = [None if v is None else v.const_value for v in node.inputs]
+        tensors = [None if v is None else v.const_value for v in _seen(node)]
         name = matcher.unique_name(self.graph, f"{codes.name}:real")
 
         def read() -> ir.TensorProtocol:
@@ -321,8 +323,8 @@ def _shrinks(node: ir.Node) -> bool:
     return shape is not None and math.prod(shape) <= largest
 
 
-def _part(run: Any, rest: list[Any], i: int, array: np.ndarray) -> np.ndarray:
-    return np.asarray(run([array, *rest])[i])
+def _part(axis: int, start: int, shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
+    return array[(*[slice(None)] * axis, slice(start, start + shape[axis]))]
 
 
 def _constant_of(node: ir.Node, position: int) -> ir.Value:

@@ -32,7 +32,7 @@ class MergeEqual(Pass):
         """One sweep in graph order with a table of what was seen."""
         graph, seen = model.graph, dict[Hashable, ir.Node]()
         ranks: dict[ir.Value, Hashable] = {}
-        changed = 0
+        merged: dict[ir.Node, list[ir.Node]] = {}
         for node in list(graph):
             if not _may_merge(node):
                 continue
@@ -40,7 +40,10 @@ class MergeEqual(Pass):
             first = seen.setdefault(key, node)
             if first is not node:
                 _merge(graph, first, node)
-                changed += 1
+                merged.setdefault(first, []).append(node)
+        for first, others in merged.items():
+            matcher.inherit(first, others, first)
+        changed = sum(map(len, merged.values()))
         return PassResult(model, changed, (), {"merged": changed})
 
 
@@ -80,5 +83,4 @@ def _plain(found: ir.Attr) -> Hashable:
 def _merge(graph: ir.Graph, first: ir.Node, again: ir.Node) -> None:
     for kept, dropped in zip(first.outputs, again.outputs, strict=True):
         dropped.replace_all_uses_with(kept)
-    matcher.inherit(first, [again], first)
     graph.remove(again, safe=True)

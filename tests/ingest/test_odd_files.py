@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
 from pfmc import ingest
 from pfmc.errors import InputError
+from pfmc.ingest import magic, tidy
+from pfmc.lint import lint
+from pfmc.passes import pipeline, recipe
 
 from . import fuzz
 
@@ -170,3 +175,137 @@ def test_a_function_makes_a_vector_too_long_for_a_shape(tmp_path: Path) -> None:
     ]  # fmt: skip
     path = _probed(_model([_call("y")], _function(body, ["c"])), tmp_path)
     assert [v.name for v in ingest.load(path).model.graph.outputs] == ["y"]
+
+
+def _holding(nodes: list[Any], held: dict[str, Any], outputs: tuple[str, ...] = ("y",)) -> Any:
+    model = _model(nodes, outputs=outputs)
+    tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in held.items()]
+    model.graph.initializer.extend(tensors)
+    return model
+
+
+def test_a_range_to_the_end_of_int32(tmp_path: Path) -> None:
+    """2**31, that slices use for "to the end", is a length here, and onnx would write it out."""
+    nodes = [
+        helper.make_node("Range", ["z", "b", "o"], ["r"]),
+        helper.make_node("Gather", ["r", "o"], ["g"]),
+        helper.make_node("Cast", ["g"], ["f"], to=F32),
+        helper.make_node("Add", ["x", "f"], ["y"]),
+    ]
+    path = _probed(_holding(nodes, {"z": 0, "b": 1 << 31, "o": 1}), tmp_path)
+    assert [v.name for v in ingest.load(path).model.graph.outputs] == ["y"]
+    assert any("Range makes" in f.what for f in lint(path).findings)
+
+
+VAST = {
+    "Add": [helper.make_node("Add", ["e", "f"], ["g"])],
+    "MatMul": [helper.make_node("MatMul", ["e", "f"], ["g"])],
+    "Gather": [
+        helper.make_node("Identity", ["e"], ["d"]),
+        helper.make_node("Expand", ["i", "q"], ["k"]),
+        helper.make_node("Gather", ["d", "k"], ["h"], axis=1),
+        helper.make_node("Squeeze", ["h", "o"], ["g"]),
+    ],
+}
+
+
+@pytest.mark.parametrize(("bits", "fits"), [(13, True), (15, False)], ids=["shown", "refused"])
+@pytest.mark.parametrize("kind", VAST)
+def test_small_constants_make_a_vast_value(
+    kind: str, bits: int, fits: bool, tmp_path: Path
+) -> None:
+    """64 million elements are not computed to find shapes, a thousand million are refused."""
+    side = 1 << bits
+    nodes = [
+        helper.make_node("Expand", ["t", "r"], ["e"]),
+        helper.make_node("Expand", ["t", "q"], ["f"]),
+        *VAST[kind],
+        helper.make_node("ReduceMax", ["g"], ["s"]),
+        helper.make_node("Add", ["x", "s"], ["y"]),
+    ]
+    held = {
+        "t": np.ones((1, 1), np.float32), "r": [side, 1], "q": [1, side], "i": 0, "o": [1],
+    }  # fmt: skip
+    path = fuzz.place(tmp_path)
+    path.write_bytes(_holding(nodes, held).SerializeToString())
+    lint(path)
+    tracemalloc.start()
+    found = lint(path).findings
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 26
+    assert ("PFM507" in {f.code for f in found}) == (not fits), found
+
+
+def test_many_constant_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are lifted together: onnx_ir walks through the outputs at every removal."""
+    calls = 0
+    plain = ir.Graph.remove
+
+    def counted(self: ir.Graph, *args: Any, **more: Any) -> None:
+        nonlocal calls
+        calls += 1
+        plain(self, *args, **more)
+
+    monkeypatch.setattr(ir.Graph, "remove", counted)
+    names = tuple(f"y{i}" for i in range(200))
+    nodes = [helper.make_node("Constant", [], [n], value_float=float(n[1:])) for n in names]
+    path = fuzz.place(tmp_path)
+    path.write_bytes(_model(nodes, outputs=names).SerializeToString())
+    graph = ingest.load(path).model.graph
+    assert calls < 10
+    assert [v.name for v in graph.outputs] == list(names)
+    makers = [v.producer() for v in graph.outputs]
+    held = [float(m.inputs[0].const_value.numpy()) for m in makers]  # type: ignore[union-attr]
+    assert held == [float(i) for i in range(200)]
+
+
+def test_a_chain_of_casts(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", [f"t{i}" if i else "x"], [f"t{i + 1}"], to=1 if i % 2 else 11)
+        for i in range(1500)
+    ]
+    _probed(_model([*nodes, helper.make_node("Neg", ["t1500"], ["y"])]), tmp_path)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["file", "graph"])
+def test_small_fields_without_end(
+    inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field of two bytes costs a microsecond to walk past, and a file has room for 2**30."""
+    monkeypatch.setattr(magic, "MAX_ENTRIES", 1000)
+    fields = b"\x08\x0a" * 2000  # ir_version = 10; in a graph a number that nobody asked for
+    wrapped = b"".join(b"\x3a\xa0\x06" + b"\x78\x01" * 400 for _ in range(3))
+    path = fuzz.place(tmp_path)
+    plain = _model([helper.make_node("Neg", ["x"], ["y"])]).SerializeToString()
+    path.write_bytes(plain + (wrapped if inside else fields))
+    what = "more than 1000 other fields" if inside else "more than 1000 fields"
+    with pytest.raises(InputError, match=what):
+        ingest.load(path)
+
+
+def test_a_function_has_a_value_of_the_name_that_its_output_would_get() -> None:
+    body = [
+        helper.make_node("Neg", ["a"], ["a_output_1"]),
+        helper.make_node("Abs", ["a_output_1"], ["c"]),
+    ]
+    model = ir.from_proto(_model([_call("y", "z")], _function(body, ["c", "a", "a"])))
+    (function,) = model.functions.values()
+    tidy._part_outputs(function)
+    names = [v.name for n in function for v in n.outputs]
+    assert names == ["a_output_1", "c", "a_output_1_1", "a_output_2"]
+
+
+@pytest.mark.parametrize("axis", [7, -7, 1 << 40])
+def test_a_squeeze_of_an_axis_that_is_not_there(axis: int, tmp_path: Path) -> None:
+    model = _model([helper.make_node("Squeeze", ["x"], ["y"], axes=[axis])])
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", F32, ["n", "m"]))
+    model.opset_import[0].version = 11
+    path = _probed(model, tmp_path)
+    with pytest.raises(InputError, match="axes"):
+        _canonicalise(path)
+
+
+def _canonicalise(path: Path) -> Any:
+    steps = recipe.load("stream").passes
+    return pipeline.canonicalise(ingest.load(path).model, steps).model

@@ -17,7 +17,7 @@ from pfmc.errors import InputError, did_you_mean
 from pfmc.ir.meaning import growth
 from pfmc.ir.meaning.arrays import NUMPY, Array, Arrays, arrays_of, integers, register
 from pfmc.ir.meaning.attending import ATTENDING
-from pfmc.ir.meaning.attributes import Maker, Run, describe
+from pfmc.ir.meaning.attributes import Maker, Run, describe, integer
 from pfmc.ir.meaning.elementwise import ELEMENTWISE
 from pfmc.ir.meaning.evaluate import evaluate
 from pfmc.ir.meaning.neural import NEURAL
@@ -67,12 +67,13 @@ def compile_node(node: ir.Node) -> Callable[[Sequence[Array | None]], tuple[Arra
         InputError: `node` has no meaning here; so does the function, if the inputs do not fit it.
     """
     runs: dict[str, Run] = {NUMPY.name: make(node)}
+    axis = integer(node, "axis", 0) if node.op_type == "Gather" else 0
 
     def run(inputs: Sequence[Array | None]) -> tuple[Array, ...]:
         arrays = arrays_of(inputs)
         if arrays.name not in runs:
             runs[arrays.name] = make(node, arrays)
-        growth.check(node.op_type, inputs, describe(node))
+        growth.check(node.op_type, inputs, describe(node), axis)
         try:
             result = runs[arrays.name](*inputs)
         except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:

@@ -9,21 +9,79 @@ import numpy as np
 
 from pfmc.errors import InputError
 from pfmc.ir.meaning.arrays import Array
+from pfmc.ir.meaning.elementwise import ELEMENTWISE
 
 MOST = 1 << 27
 """Elements beyond which a folded or probed value is refused."""
 
+MOST_BYTES = 1 << 29
+"""Bytes beyond which a folded or probed value that is written out is refused."""
 
-def check(op_type: str, inputs: Sequence[Array | None], where: str) -> None:
+
+def check(op_type: str, inputs: Sequence[Array | None], where: str, axis: int = 0) -> None:
     """Refuses to compute `op_type` on `inputs` if the result has more than `MOST` elements.
 
+    Args:
+        op_type: the operator; inputs: its inputs; where: the node, for the message.
+        axis: the attribute of that name of Gather.
+
     Raises:
-        InputError: it would have.
+        InputError: it would have, or, in numpy, more than `MOST_BYTES` bytes.
     """
-    grower = _GROWERS.get(op_type)
-    count = grower(inputs) if grower is not None else 0
-    if count > MOST:
-        raise InputError(f"{op_type} makes {count:.4g} elements; at most {MOST}", where=where)
+    first = inputs[0] if inputs else None
+    written = isinstance(first, np.ndarray)  # a training library's own tensors are its own affair
+    grower = _GROWERS.get(op_type) or (_JOINERS.get(op_type) if written else None)
+    if grower is not None:
+        count = grower(inputs)
+    elif written and op_type == "Gather":
+        count = float(math.prod(gathered(inputs, axis)))
+    else:
+        count = _joined(inputs) if written and ("", op_type) in ELEMENTWISE else 0.0
+    size = first.dtype.itemsize if isinstance(first, np.ndarray) and op_type not in _VIEWS else 0
+    most = min(MOST, MOST_BYTES // max(1, size))
+    if count > most:
+        raise InputError(f"{op_type} makes {count:.4g} elements; at most {most}", where=where)
+
+
+def gathered(inputs: Sequence[Array | None], axis: int) -> tuple[int, ...]:
+    """The shape that Gather gives; ``()`` where its inputs are not what it takes."""
+    data, places = (*inputs, None, None)[:2]
+    if data is None or places is None or not -len(data.shape) <= axis < len(data.shape):
+        return ()
+    at = axis % len(data.shape)
+    return (*data.shape[:at], *places.shape, *data.shape[at + 1 :])
+
+
+def product(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a matrix product of these shapes; ``()`` where they do not fit."""
+    if not left or not right or left[-1] != right[max(0, len(right) - 2)]:
+        return ()
+    try:
+        stack = np.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2]))
+    except ValueError:
+        return ()
+    return (*stack, *left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
+
+
+def broadcast(inputs: Sequence[Array | None]) -> tuple[int, ...]:
+    """The shape of `inputs` broadcast against each other; ``()`` where they do not fit."""
+    try:
+        return np.broadcast_shapes(*(tuple(x.shape) for x in inputs if x is not None))
+    except ValueError:
+        return ()
+
+
+def _joined(inputs: Sequence[Array | None]) -> float:
+    """How many elements `inputs` have, broadcast against each other."""
+    shapes = {tuple(x.shape) for x in inputs if x is not None}
+    return 0.0 if len(shapes) < 2 else float(math.prod(broadcast(inputs)))
+
+
+def _multiplied(inputs: Sequence[Array | None]) -> float:
+    left, right = (*inputs, None, None)[:2]
+    if left is None or right is None:
+        return 0.0
+    return float(math.prod(product(left.shape, right.shape)))
 
 
 def check_empty(op_type: str, results: Sequence[Array | None], where: str) -> None:
@@ -87,6 +145,13 @@ def _one_hot(inputs: Sequence[Array | None]) -> float:
     return _size(inputs) * _product(_numbers(inputs, 1))
 
 
+def _found(inputs: Sequence[Array | None]) -> float:
+    """The indices of every element, of int64 and twice on the way, as elements of four bytes."""
+    first = inputs[0] if inputs else None
+    return 0.0 if first is None else 8 * _size(inputs) * max(1, len(first.shape))
+
+
+_VIEWS = frozenset({"Expand"})
 _GROWERS: dict[str, Callable[[Sequence[Array | None]], float]] = {
     "ConstantOfShape": lambda inputs: _product(_numbers(inputs, 0)),
     "Expand": _expanded,
@@ -94,4 +159,8 @@ _GROWERS: dict[str, Callable[[Sequence[Array | None]], float]] = {
     "Pad": _padded,
     "Range": _counted,
     "Tile": _repeated,
+}
+_JOINERS: dict[str, Callable[[Sequence[Array | None]], float]] = {
+    "MatMul": _multiplied,
+    "NonZero": _found,
 }

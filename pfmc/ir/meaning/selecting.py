@@ -93,7 +93,7 @@ def _top_k(node: ir.Node, xp: Arrays) -> Run:
 
 def _arg(greatest: bool) -> Maker:
     def make(node: ir.Node, xp: Arrays) -> Run:
-        axis, keep = integer(node, "axis", 0), integer(node, "keepdims", 1)
+        axis, keep = integer(node, "axis", 0), integer(node, "keepdims", 1) == 1
         last = integer(node, "select_last_index", 0)
 
         def run(x: Array) -> Array:
@@ -132,7 +132,7 @@ def _one_hot(node: ir.Node, xp: Arrays) -> Run:
 
 def _reduce(body: Callable[[Arrays, Array, tuple[int, ...], bool], Array]) -> Maker:
     def make(node: ir.Node, xp: Arrays) -> Run:
-        keep, fixed = bool(integer(node, "keepdims", 1)), sequence(node, "axes")
+        keep, fixed = integer(node, "keepdims", 1) == 1, sequence(node, "axes")
         lazy = bool(integer(node, "noop_with_empty_axes", 0))
 
         def run(x: Array, axes: Array | None = None) -> Array:
