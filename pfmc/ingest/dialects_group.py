@@ -135,7 +135,7 @@ def _rows(low: Lowering, past: ir.Value | None) -> _Rows:
     names = ("steps", "past", "start", "ends", "shift", "prompt", "total")
     if query.shape is not None and len(query.shape) != 3:
         raise low.refuse(f"a query of {len(query.shape)} axes instead of 3")
-    symbols = (str(query.shape and query.shape[1]), str(past is not None and _length(past)))
+    symbols = (_named(query, 1), "" if past is None else _named(past, 2))
     keys = [("rows", seqlens.name, total.name, *symbols, name) for name in names]
     if keys[0] in low.shared:
         return _Rows(*(low.shared[key][0] for key in keys))
@@ -154,8 +154,11 @@ def _rows(low: Lowering, past: ir.Value | None) -> _Rows:
     return _Rows(*kept)
 
 
-def _length(past: ir.Value) -> object:
-    return past.shape[2] if past.shape is not None and len(past.shape) == 4 else past.name
+def _named(value: ir.Value, axis: int) -> str:
+    """The length of an axis, or its name; one of neither is that of this value alone."""
+    dim = value.shape[axis] if value.shape is not None and len(value.shape) > axis else None
+    length = dim.value if isinstance(dim, ir.SymbolicDim) else dim
+    return f"of {value.name}" if length is None else f"{length}"
 
 
 def _note(value: ir.Value, key: str, text: str) -> ir.Value:

@@ -188,7 +188,10 @@ def gather_block_quantised(low: Lowering) -> None:
     shape = [int(n) for n in codes.shape.numpy()]
     if codes.dtype == ir.DataType.UINT8:
         shape[-1] *= 8 // bits
-    axis = low.integer("quantize_axis", 1) % len(shape)
+    axis = low.integer("quantize_axis", 1)
+    if not -len(shape) <= axis < len(shape):
+        raise low.refuse(f"quantize_axis = {axis} of a table of {len(shape)} axes")
+    axis %= len(shape)
     wanted = [-(-n // block) if i == axis else n for i, n in enumerate(shape)]
     if [int(n) for n in scales.shape.numpy()] != wanted:
         raise low.refuse("the scales do not have one number for each block")

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from pfmc.ir import matcher, shapes
 from pfmc.ir.shapes import Dims, Shapes
-from pfmc.passes.scores import Scores, read_scores
+from pfmc.passes.scores import Scores, is_plain, read_scores
 
 Numbered: TypeAlias = npt.NDArray[np.int64]
 Turn: TypeAlias = Callable[[Numbered], Numbered]
@@ -77,7 +77,7 @@ def read(softmax: ir.Node, known: Shapes) -> Site:
     moves = _between(scores.product.inputs[1], k) + _between(v, value)
     nodes = (*scores.nodes, *joining, softmax, *behind, product)
     scale = scores.scale * q_scale * k_scale
-    if scale == 0 or not math.isfinite(scale):
+    if not is_plain(scale):
         raise RefusedError(f"its scores are scaled by {scale:g}")
     return Site(scores, product.outputs[0], product, nodes, q, k, value, perm, scale, moves, sink)
 

@@ -30,6 +30,8 @@ def spell(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
         return "a result with labels that no operand has"
     if any(len(set(t)) != len(t) for t in terms):
         return "a label twice in one operand (a diagonal)"
+    if _stretches(node, operands, result, known):
+        return "a label that is summed over and broadcast"
     assert node.graph is not None
     work = _Work(node.graph, f"{node.outputs[0].name}:einsum")
     values = [v for v in node.inputs if v is not None]
@@ -41,6 +43,16 @@ def spell(node: ir.Node, known: Shapes) -> list[ir.Node] | str:
     if not work.nodes:
         work.add("Identity", [current[0]])
     return work.nodes
+
+
+def _stretches(node: ir.Node, operands: list[str], result: str, known: Shapes) -> bool:
+    """Whether a label that the result lacks is of length one in one operand, of more in another."""
+    lengths: dict[str, set[bool]] = {}
+    for labels, value in zip(operands, node.inputs, strict=True):
+        for label, dim in zip(labels, known.shape(value) or (), strict=False):
+            if label not in result:
+                lengths.setdefault(label, set()).add(dim == 1)
+    return any(len(found) > 1 for found in lengths.values())
 
 
 def _terms(node: ir.Node, known: Shapes) -> list[str] | None:

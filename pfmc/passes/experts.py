@@ -167,18 +167,18 @@ class GatheredExperts(Rule):
             return "weights gathered at run time along another axis than the first"
         if wanted == 2 and matcher.static_dim(found["which"], 1) != 1:
             return "weights gathered at run time by more than one index"
-        single = 2 if self._left(found) else 1
+        single = 2 if _is_left(found) else 1
         if matcher.static_dim(found["x"], single) != 1:
             return "gathered weights that meet more than one row each"
+        if (matcher.static_dim(found["x"], 0) == 1) != (matcher.static_dim(found["which"], 0) == 1):
+            return "gathered weights that are broadcast over the rows, or rows over them"
+        if 0 in shape:
+            return "a stack of experts without elements"
         return "" if shape[0] <= _MOST else f"a stack of {shape[0]} experts"
-
-    @staticmethod
-    def _left(found: Match) -> bool:
-        return matcher.see_through(found.root.inputs[0]) is found["stack_rows"]
 
     def rewrite(self, graph: ir.Graph, found: Match) -> None:
         """Sends the rows through one fixed linear for each expert."""
-        left = self._left(found)
+        left = _is_left(found)
         axis = 2 if left else 1
         made = _Nodes(graph, found)
         matrices = slices(graph, found["stack"])
@@ -199,6 +199,11 @@ class GatheredExperts(Rule):
             add, _ = tail
             old = [*found.nodes, *_between(add, found.root)]
             matcher.substitute(add, old, made.nodes, add.outputs[0], y)
+
+
+def _is_left(found: Match) -> bool:
+    """Whether the gathered matrices are the left factor."""
+    return matcher.see_through(found.root.inputs[0]) is found["stack_rows"]
 
 
 def _between(node: ir.Node, root: ir.Node) -> list[ir.Node]:
@@ -224,9 +229,17 @@ def _bias_behind(found: Match, axis: int) -> tuple[ir.Node, ir.Value] | None:
         if maker is None or not matcher.is_constant(maker.inputs[0]):
             continue
         stack, which = (matcher.see_through(v) for v in maker.inputs[:2])
-        if stack is not None and which is found["which"] and len(shape_of(stack)) == 2:
+        of_rows = not any(matcher.attribute(maker, n, 0) for n in ("axis", "batch_dims"))
+        if of_rows and stack is not None and which is found["which"] and _one_each(found, stack):
             return add, stack
     return None
+
+
+def _one_each(found: Match, biases: ir.Value) -> bool:
+    """Whether `biases` are one row for each matrix of the stack, as wide as its result."""
+    count, *sides = shape_of(found["stack"])
+    width = sides[0 if _is_left(found) else 1]
+    return shape_of(biases) == (count, width)
 
 
 def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
@@ -110,10 +111,18 @@ class _Work:
         self._wire()
         return len(self.attentions) + self.named
 
+    def _free_name(self) -> str:
+        """The name of the new dimension, with a number where an input has one of that name."""
+        dims = [self.shapes.shape(v) or () for v in self.graph.inputs]
+        taken = {name for d in dims for name in shapes.symbols_of(d)}
+        names = (f"{self.past}{n or ''}" for n in itertools.count())
+        return next(n for n in names if n not in taken)
+
     # ------------------------------------------------------------ a model without memory
 
     def _wire(self) -> None:
         self.shapes = Shapes(self.graph)
+        self.past = self._free_name()
         queries = self._queries()
         padding = self._padding()
         starts = list(self._positions(queries))

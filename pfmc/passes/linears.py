@@ -112,6 +112,8 @@ class MatMulLeft(Rule):
 
 
 def _check(found: Match) -> str:
+    if not kind_of(found["weight"]).is_floating_point():
+        return "a product of integers"
     if matcher.is_constant(found["x"]):
         return "both factors are constant"
     if len(shape_of(found["weight"])) != 2:

@@ -32,6 +32,9 @@ def reason(node: ir.Node) -> str:
         return f"convolution whose kernel {kernel} overlaps its stride {steps}"
     if any(d != 1 for d in matcher.attribute(node, "dilations", ())) and prod(kernel) != 1:
         return "dilated convolution"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and not matcher.is_constant(bias):
+        return "convolution with a bias that is not constant"
     x = node.inputs[0]
     if any(not isinstance(matcher.static_dim(x, axis), int) for axis in range(2, 2 + len(kernel))):
         return "" if prod(kernel) == 1 else "patches of an image of unknown size"
@@ -90,7 +93,7 @@ def _linear(graph: ir.Graph, conv: ir.Node, x: ir.Value, source: ir.Value) -> ir
     outputs, inputs = shape[0], prod(shape[1:])
     weight = weights.derived(graph, kernel, (inputs, outputs), lambda a: a.reshape(outputs, -1).T)
     bias = matcher.see_through(conv.inputs[2]) if len(conv.inputs) > 2 else None
-    if bias is None or not matcher.is_constant(bias):
+    if bias is None:
         bias = weights.zeros(graph, str(source.name), outputs, kernel.const_value.dtype)
     return weights.linear(x, weight, bias, source, conv)
 

@@ -56,6 +56,8 @@ def _push(node: ir.Node, known: Shapes) -> bool:
         shape = known.shape(scale)
         if product is None or scale is None or shape is None or matcher.scalar(scale) is not None:
             continue
+        if any(len(known.shape(v) or ()) < 2 for v in product.inputs):
+            continue
         if not matcher.is_constant(scale) or shape[-2:] != (1, 1) or len(shape) > 4:
             continue
         if len(product.outputs[0].uses()) != 1:

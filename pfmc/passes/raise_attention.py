@@ -192,9 +192,11 @@ class _Work:
         uses = tuple(output.uses())
         if len(uses) != 1 or uses[0].node.op_type != "Where" or uses[0].idx != 2:
             return
-        if output.is_graph_output():
-            return
         guard = uses[0].node
+        if output.is_graph_output() or self.shapes.shape(guard.outputs[0]) is None or (
+            self.shapes.shape(guard.outputs[0]) != self.shapes.shape(output)
+        ):  # fmt: skip
+            return
         flag = guard.inputs[0]
         if flag is None or matcher.scalar(guard.inputs[1]) != 0.0:
             return

@@ -178,6 +178,11 @@ def _check(found: Match, means: tuple[str, ...]) -> str:
             return f"{name} {found[name].name!r} is not one vector of the width of x"
     if "narrow" in found and _narrow_input(found) is None:
         return "the result is cast to another type than x had"
+    epsilon = matcher.scalar(found["eps"]) or 0.0
+    with np.errstate(all="ignore"):
+        kept = float(np.float32(epsilon))
+    if not np.isfinite(kept) or (kept == 0.0) != (epsilon == 0.0):
+        return f"epsilon = {epsilon:g} is no number of float32, the type of the attribute"
     return widened(found)
 
 
@@ -203,7 +208,9 @@ def _narrow_input(found: Match) -> ir.Value | None:
     down = found["narrow"].producer()
     if up is None or down is None or up.inputs[0] is None:
         return None
-    return up.inputs[0] if up.inputs[0].dtype == matcher.attribute(down, "to") else None
+    kind = up.inputs[0].dtype
+    real = kind is not None and kind.is_floating_point()
+    return up.inputs[0] if real and kind == matcher.attribute(down, "to") else None
 
 
 def _input(found: Match) -> ir.Value:

@@ -311,9 +311,20 @@ def _not_neighbours(found: Match) -> str:
         return "the rotated parts are not stacked as neighbours"
     if matcher.static_dim(flat, -1) != width or matcher.rank(flat) != rank:
         return "the rotated parts are not joined along the last axis"
+    if not _keep_rows(found):
+        return "the rows are moved too"
     if [_parity(found, name, width, rank) for name in ("even", "odd")] != [0, 1]:
         return "the rotated parts are not the even and the odd elements"
     return ""
+
+
+def _keep_rows(found: Match) -> bool:
+    """Whether taking pairs apart and joining them keeps all axes of x but the last."""
+    x, rank = found["x"], matcher.rank(found["x"]) or 0
+    made = [found[name] for name in ("paired", "flat") if name in found]
+    lengths = [(matcher.static_dim(x, a), matcher.static_dim(v, a))
+               for v in made for a in range(rank - 1)]  # fmt: skip
+    return all(a is None or b is None or a == b for a, b in lengths)
 
 
 def _parity(found: Match, name: str, width: int, rank: int) -> int | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
 from pfmc.ir import matcher
@@ -18,11 +20,13 @@ class Part:
         value: what is added, or a condition.
         kind: ``add``, ``hide`` (low where the value is true) or ``show`` (low where it is false).
         factor: what an added value is multiplied by.
+        low: the number that stands where scores are replaced.
     """
 
     value: ir.Value
     kind: str = "add"
     factor: float = 1.0
+    low: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -73,24 +77,25 @@ HIDDEN = -1e4
 """Scores filled with this or less are taken for hidden: their weight is zero in float32."""
 
 
-def filling(node: ir.Node) -> tuple[ir.Value, str] | None:
-    """What a Where fills with a very low number, and where: ``hide`` or ``show`` (see `Part`)."""
+def filling(node: ir.Node) -> tuple[ir.Value, Part] | None:
+    """What a Where fills with a very low number, and the number and its places."""
+    condition = node.inputs[0]
     for low, inner, kind in ((1, 2, "hide"), (2, 1, "show")):
         number, rest = _uniform(node.inputs[low]), node.inputs[inner]
-        if number is not None and number <= HIDDEN and rest is not None:
-            return rest, kind
+        if number is None or rest is None or condition is None:
+            continue
+        if number <= HIDDEN:
+            return rest, Part(condition, kind, low=number)
     return None
 
 
 def _read_filling(node: ir.Node, known: _Known) -> Scores | None:
     """``Where(condition, low, scores)`` or ``Where(condition, scores, low)``."""
-    found, condition = filling(node), node.inputs[0]
+    found = filling(node)
     inner = _read(found[0], known) if found is not None else None
-    if found is None or inner is None or condition is None:
+    if found is None or inner is None:
         return None
-    return replace(
-        inner, masks=(*inner.masks, Part(condition, found[1])), nodes=(*inner.nodes, node)
-    )
+    return replace(inner, masks=(*inner.masks, found[1]), nodes=(*inner.nodes, node))
 
 
 def _uniform(value: ir.Value | None) -> float | None:
@@ -114,6 +119,14 @@ def _read_add(node: ir.Node, known: _Known) -> Scores | None:
     return None
 
 
+def is_plain(factor: float) -> bool:
+    """Whether `factor`, as a float32, is an ordinary number that is not zero."""
+    return _TINY <= abs(factor) <= _HUGE
+
+
+_TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
 def _read_scaling(node: ir.Node, known: _Known) -> Scores | None:
     for inner, factor in ((0, 1), (1, 0)):
         number = matcher.scalar(node.inputs[factor])
@@ -125,9 +138,18 @@ def _read_scaling(node: ir.Node, known: _Known) -> Scores | None:
         if found is None or found.softcap or number == 0 or (found.masks and number < 0):
             return None
         times = number if node.op_type == "Mul" else 1.0 / number
+        if found.masks and not _keeps_masks(found.masks, times):
+            return None
         masks = tuple(replace(m, factor=m.factor * times) for m in found.masks)
         return Scores(found.product, found.scale * times, masks, (*found.nodes, node))
     return None
+
+
+def _keeps_masks(masks: tuple[Part, ...], times: float) -> bool:
+    """Whether masks can be scaled alike, and what is hidden stays so."""
+    factors = [m.factor * times for m in masks]
+    low = [m.low * f for m, f in zip(masks, factors, strict=True) if m.kind != "add"]
+    return all(map(is_plain, factors)) and all(number <= HIDDEN for number in low)
 
 
 def _read_softcap(node: ir.Node, tanh: ir.Node, cap: float, known: _Known) -> Scores | None:

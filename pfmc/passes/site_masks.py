@@ -12,7 +12,7 @@ from pfmc.ir.shapes import Shapes
 from pfmc.passes.attention_site import Site
 from pfmc.passes.masks import BIASES, BLOCKED, Finding, explicit, probe
 from pfmc.passes.plain_masks import MaskMaker
-from pfmc.passes.scores import Part, filling
+from pfmc.passes.scores import HIDDEN, Part, filling
 
 
 class SiteMasks:
@@ -189,11 +189,10 @@ def _terms(part: Part, depth: int = 0) -> list[Part]:
     if depth > _MOST_SUMS:
         return [part]
     filled = matcher.producer(part.value, "Where") if part.kind == "add" else None
-    if filled is not None and (found := filling(filled)) is not None:
-        rest, kind = found
-        condition = filled.inputs[0]
-        assert condition is not None
-        return [*_terms(replace(part, value=rest), depth + 1), Part(condition, kind)]
+    found = filling(filled) if filled is not None else None
+    if found is not None and found[1].low * part.factor <= HIDDEN:
+        rest, hidden = found
+        return [*_terms(replace(part, value=rest), depth + 1), hidden]
     node = matcher.producer(part.value, "Add") if part.kind == "add" else None
     if node is None:
         return [part]

@@ -231,3 +231,28 @@ def test_what_is_refused(
     with pytest.raises(InputError, match=message) as caught:
         load(path)
     assert "node '/l/op'" in caught.value.where
+
+
+def test_rows_of_unknown_lengths_are_not_taken_for_equal(tmp_path: Path) -> None:
+    """Two attentions of one batch: the queries of each may be of another length."""
+    values = [make.make_tensor_value_info(n, 1, ["B", None, 64]) for n in ("q", "u")]
+    values += [make.make_tensor_value_info(n, 1, ["B", None, 32]) for n in ("k", "l")]
+    values += [make.make_tensor_value_info("n", 6, ["B"]), make.make_tensor_value_info("t", 6, [])]
+    nodes = [
+        make.make_node(
+            "GroupQueryAttention", [q, k, k, "", "", "n", "t"], [y], domain="com.microsoft",
+            num_heads=HEADS, kv_num_heads=GROUPS,
+        )
+        for q, k, y in (("q", "k", "y"), ("u", "l", "z"))
+    ]  # fmt: skip
+    outputs = [make.make_tensor_value_info(n, 1, None) for n in "yz"]
+    graph = make.make_graph(nodes, "g", values, outputs)
+    imports = [make.make_opsetid("", 21), make.make_opsetid("com.microsoft", 1)]
+    path = tmp_path / "m.onnx"
+    onnx.save(make.make_model(graph, opset_imports=imports, ir_version=10), path)
+    read = {
+        str(n.inputs[0].name)
+        for n in load(path).model.graph
+        if n.op_type == "Shape" and n.inputs[0] is not None
+    }
+    assert {"q", "u"} <= read

@@ -319,6 +319,14 @@ def test_a_packed_table_with_zero_points_of_another_form(zeros: Any, tmp_path: P
              more, "zero points do not have", tmp_path)  # fmt: skip
 
 
+@pytest.mark.parametrize("axis", [2, -3, 3])
+def test_a_packed_table_in_blocks_of_no_axis(axis: int, tmp_path: Path) -> None:
+    weights = {"B": whole(0, 256, 4, 16), "s": normal(4, 1) if axis == 3 else normal(1, 32)}
+    more = {"bits": 4, "block_size": 32, "quantize_axis": axis}
+    _refused("GatherBlockQuantized", ["B", "i", "s"], {"i": np.zeros(2, np.int64)}, weights,
+             more, "of a table of 2 axes", tmp_path)  # fmt: skip
+
+
 @pytest.mark.parametrize("block", [1 << 28, 1 << 62])
 def test_blocks_far_longer_than_what_they_cut(block: int) -> None:
     """Once repeated in memory to the length of the block."""

@@ -217,3 +217,14 @@ def test_own_and_cross_memories_have_names_of_their_own(lab: Any, name: str) -> 
     assert outputs == [f"present.{w}" for w in wanted]
     inputs = [v.name for v in model.graph.inputs if v.name.startswith("past")]
     assert inputs == ([f"past_key_values.{w}" for w in wanted] if "decode" in name else [])
+
+
+def test_a_sequence_that_is_named_as_the_memory_would_be(lab: Any) -> None:
+    """They are not of one length: the memory's gets a number."""
+    model = lab.load("llama__ts")
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([value.shape[0], "past"])
+    lab.apply(model, lab.canonical)
+    shapes = {v.name: [str(d) for d in v.shape] for v in model.graph.inputs}
+    assert shapes["input_ids"][1] == "past"
+    assert shapes["past_key_values.0.key"][2] == "past1"

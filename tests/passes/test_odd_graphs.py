@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -172,3 +173,34 @@ def test_an_einsum_on_which_shape_inference_hangs(sums: str, tmp_path: Any) -> N
     node = helper.make_node("Einsum", ["x", "z"], ["y"], equation=sums)
     with pytest.raises(InputError, match="equation of an Einsum is malformed"):
         _canonical([node], {"x": [2, 2], "z": [2, 2]}, {}, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint32])
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_a_product_of_integers_is_no_fixed_linear(op: str, kind: Any, lab: Any) -> None:
+    """ONNX has it and sums in the type itself; hardware holds real weights."""
+    name = np.dtype(kind).name
+    text = f"({name}[2,3] x) => ({name}[2,2] y) {{ y = {op}(x, w) }}"
+    large = np.array([[1, 2], [3, 1 << 24], [(1 << 24) + 1, 6]], kind)  # no float32 holds it
+    model = lab.make(text, w=large)
+    feeds = {"x": np.arange(6, dtype=kind).reshape(2, 3)}
+    steps = recipe.load("stream").passes
+    with contextlib.suppress(InputError):  # a refusal is as good
+        before = lab.run(model, feeds) if op == "MatMul" and kind != np.uint32 else None
+        after = pipeline.canonicalise(model, steps).model
+        assert "FixedLinear" not in {n.op_type for n in after.graph}
+        if before is not None:
+            np.testing.assert_array_equal(lab.run(after, feeds)["y"], before["y"])
+
+
+@pytest.mark.parametrize("epsilon", [1e300, 1e-300])
+def test_an_epsilon_beyond_float32(epsilon: float, lab: Any) -> None:
+    text = """(double[2,4] x) => (double[2,4] y) {
+        s = Mul(x, x) m = ReduceMean<keepdims=1>(s, axes) a = Add(m, eps) r = Sqrt(a)
+        d = Div(x, r) y = Mul(d, gain) }"""
+    held = {"axes": np.array([-1]), "eps": np.array(epsilon), "gain": np.arange(1.0, 5.0)}
+    x = np.array([[1e150, 2e150, -3e150, 4e150], [0, 0, 0, 0]])
+    lab.same(lab.make(text, **held), lab.canonical, {"x": x})
+    model = lab.make(text, **held)
+    lab.apply(model, lab.canonical)
+    assert "RMSNormalization" not in {n.op_type for n in model.graph}
