@@ -20,7 +20,7 @@ def multi_head_attention(low: Lowering) -> None:
     mask = low.input(5)
     if low.input(4) is not None:
         mask = low.add(padding_mask(low, 4, keys), mask)
-    causal = bool(low.integer("unidirectional"))
+    causal = low.integer("unidirectional") == 1
     finish(low, Operands(query, key, value, mask, past_key, past_value), 8, causal=causal)
 
 
@@ -129,7 +129,7 @@ def self_attention(
     if low.input(mask) is not None:
         added = low.add(padding_mask(low, mask, keys), added)
     operands = Operands(query, key, value, added, *_unstack(low, both))
-    causal = bool(low.integer("unidirectional"))
+    causal = low.integer("unidirectional") == 1
     outputs = attend(low, operands, causal=causal, presents=(1,))
     if not low.used(1):
         low.done(low.join_heads(outputs[0]))

@@ -51,6 +51,8 @@ TEXTS = {
         {EXPERTS} h = Gather(biases, w) y = Add(q, h) }}""",
     "biases gathered along their width": f"""(int64[6] w, float[6,1,8] x) => (float[6,6] y) {{
         {EXPERTS} h = Gather<axis=1>(square, w) y = Add(q, h) }}""",
+    "an attention thrice causal": """(float[1,2,4,8] q) => (float[1,2,4,8] y) {
+        k = Neg(q) v = Abs(q) y = Attention<is_causal=3>(q, k, v) }""",
     "a kept axis of minus one": """(float[2,3] x) => (float[2] y) {
         y = ReduceSum<keepdims=-1>(x, last) }""",
 }  # fmt: skip

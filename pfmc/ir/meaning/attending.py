@@ -30,7 +30,7 @@ class _Settings:
 def _settings(node: ir.Node) -> _Settings:
     scale, precision = attribute(node, "scale"), attribute(node, "softmax_precision")
     return _Settings(
-        causal=bool(integer(node, "is_causal", 0)),
+        causal=integer(node, "is_causal", 0) == 1,
         scale=None if scale is None else float(scale),
         softcap=real(node, "softcap", 0.0),
         q_heads=integer(node, "q_num_heads", 0),

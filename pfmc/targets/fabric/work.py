@@ -362,7 +362,7 @@ def _size(value: ir.Value) -> int:
 def _sampling(model: ir.Model, counter: _Counter) -> Iterable[FabricOp]:
     attentions = [n for n in model.graph if n.op_type == "Attention"]
     causal = any(
-        _attribute(n, "is_causal") or len(n.inputs) > 4 or SINK in n.metadata_props
+        _attribute(n, "is_causal") == 1 or len(n.inputs) > 4 or SINK in n.metadata_props
         for n in attentions
     )
     for value in model.graph.outputs if causal else ():
