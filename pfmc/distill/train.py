@@ -73,6 +73,7 @@ class Training:
     best: tuple[float, int, dict[str, Tensor]] | None = None
     worse: int = 0
     prototype: Die | None = None
+    _epoch: tuple[int, list[int]] = field(default=(-1, []), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.restart()
@@ -183,8 +184,10 @@ class Training:
         """The samples of `step`: each once in an epoch."""
         count, batch = self.lesson.rows, min(self.course.batch, self.lesson.rows)
         epoch, place = divmod(step, count // batch)
-        order = order_of(self.lesson, batch, np.random.default_rng(self._seed("order", epoch)))
-        return [int(i) for i in order[place * batch : (place + 1) * batch]]
+        if self._epoch[0] != epoch:
+            random = np.random.default_rng(self._seed("order", epoch))
+            self._epoch = (epoch, order_of(self.lesson, batch, random).tolist())
+        return self._epoch[1][place * batch : (place + 1) * batch]
 
     def _loss(self, rows: Sequence[int]) -> Tensor:
         if self.course.hidden:
