@@ -60,7 +60,7 @@ ROWS = {
     "minilm4": Row("rom", (*weights(4, 2e-5), *COMMON), 0.985, 0.005),
     "minilm3": Row("rom", (*weights(3, 4e-5), *COMMON), 0.95, 0.005),
     "minilm_pcm": Row(
-        "crossbar", (*analog(1e-4, "distill.age_s=86400", clip=2.5), *COMMON), 0.95, 0.02, DAY
+        "crossbar", (*analog(1e-4, "distill.age_s=86400", clip=1.8), *COMMON), 0.95, 0.02, DAY
     ),
 }
 

@@ -274,6 +274,35 @@ def test_seconds_become_steps(tiny: Path, tmp_path: Path) -> None:
 # -- bad input -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("target", ["rom", "crossbar"])
+def test_timing_steps_takes_them_back(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """Seconds that give 8 steps end in the bytes of 8 steps; timed are whole steps."""
+    settings = (*(THREE if target == "rom" else SHORT), "distill.clip_sigmas=2")
+    asked = distil(tiny, tmp_path / "asked", target, settings=settings, steps=8)
+    advanced: list[int] = []
+    advance, plan = train.Training.advance, train.steps_for
+
+    def counted(training: train.Training) -> float:
+        advanced.append(training.step)
+        return advance(training)
+
+    def planned(training: train.Training, seconds: float) -> int:
+        assert plan(training, seconds) >= 1
+        return 8
+
+    monkeypatch.setattr(train.Training, "advance", counted)
+    monkeypatch.setattr(distillation, "steps_for", planned)
+    timed = distil(tiny, tmp_path / "timed", target, settings=settings, steps=None)
+    assert advanced[-8:] == list(range(8))
+    assert len(advanced) > 8
+    assert timed.manifest["best"] == asked.manifest["best"]
+    held = [files(tmp_path / name) for name in ("asked", "timed")]
+    layers = [{k: v for k, v in each.items() if k.endswith(".safetensors")} for each in held]
+    assert layers[0] == layers[1] != {}
+
+
 def test_a_short_text_is_refused(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text(" ".join(f"w{i % 100}" for i in range(50)))

@@ -274,28 +274,37 @@ class Training:
     # -- time -----------------------------------------------------------------------------------
 
     def time_step(self, converters: bool) -> float:
-        """CPU seconds of a step, without taking it: the least of a few equal ones, or the mean
-        where samples have different lengths."""
-        student = self.trainee.student
-        student.train()
-        self.trainee.face(Die(0, self.course.age_s) if self.course.noise else Die(None), converters)
-        equal = self.lesson.lengths is None
-        times = []
-        for step in (0, 0, 0) if equal else range(8):
+        """CPU seconds of a step, which is then taken back: the least of a few equal ones, or the
+        mean where samples have different lengths."""
+        student, course = self.trainee.student, self.course
+        kept = {name: p.detach().clone() for name, p in student.named_parameters()}
+        equal, self.steps = self.lesson.lengths is None, _TIMED
+        first, times = course.first_converted(_TIMED) if converters else 0, []
+        for step in range(first, first + (3 if equal else 8)):
+            self.step = min(step, _TIMED - 1)
             start = time.process_time()
-            self.rule(self.view(step))
+            self.advance()
             times.append(time.process_time() - start)
-            student.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                parameter.copy_(kept[name])
+        student.zero_grad(set_to_none=True)
+        self.step = 0
+        self.restart()
         return min(times) if equal else sum(times) / len(times)
 
 
+_TIMED = 1000
+"""Steps of the training that the timed ones are taken from."""
+
+
 def steps_for(training: Training, seconds: float) -> int:
-    """How many steps fit into CPU `seconds`, both kinds of steps timed."""
+    """How many steps fit into CPU `seconds`, both kinds of steps timed; the same everywhere."""
     share = training.course.converters_from if training.trainee.converts else 1.0
     mean = training.time_step(False) * share if share else 0.0
     if share < 1.0:
         mean += training.time_step(True) * (1.0 - share)
-    return max(1, int(0.93 * seconds / mean))
+    return max(1, int(0.93 * seconds / training.processes.mean(mean)))
 
 
 def load_state(student: nn.Module, state: Mapping[str, Tensor]) -> None:

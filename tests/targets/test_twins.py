@@ -236,3 +236,27 @@ def test_a_die_can_be_read_afresh() -> None:
     quiet = pair.faced(x, Die(3, DAY, False))
     reads = (first - other).std() / 2**0.5
     assert 0 < float(reads) < 2 * float((first - quiet).std())
+
+
+def test_a_judgement_draws_the_devices_of_a_die_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, die = Pair("crossbar", linear()), Die(5, 86400.0, read_noise=False)
+    drawn: list[Tensor] = []
+    devices = type(pair.twin)._devices
+
+    def counted(twin: Any, weight: Tensor, *more: Any) -> Any:
+        drawn.append(weight)
+        return devices(twin, weight, *more)
+
+    monkeypatch.setattr(type(pair.twin), "_devices", counted)
+    x, step = signal(pair.layer), torch.tensor(pair.layer.input_scale)
+    first = pair.trained(x, die)
+    with torch.no_grad():
+        again = pair.twin(on_grid(x, step, 127.0), pair.weight, step * 127)
+        assert len(drawn) == 1
+        pair.weight.mul_(0.5)[0, 0] = 0.3  # in place, as an optimiser does
+        other = pair.twin(on_grid(x, step, 127.0), pair.weight, step * 127)
+    assert len(drawn) == 2
+    assert torch.equal(first, again)
+    assert torch.equal(other, pair.trained(x, die))
+    assert len(drawn) == 3  # facing a die, even the same, begins anew
+    assert not torch.equal(other, first)

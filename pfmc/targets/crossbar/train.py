@@ -22,6 +22,8 @@ from pfmc.targets.crossbar import tiling
 from pfmc.targets.crossbar.technology import Design
 from pfmc.targets.grids import assign, on_integers, pooled_normal, whole
 
+_KEPT = 1 << 22
+"""Weights of a layer up to which the devices of a judged die are kept."""
 _GOLDEN = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: its multiples spread checksums over all seeds (Knuth, TAOCP 6.4)."""
 
@@ -76,6 +78,7 @@ class CrossbarTwin(nn.Module):
         self._known: dict[tuple[int, str], list[Tensor]] = {}
         self.keeps = True  # errors of one die from call to call; not where memory is short
         self._missed: tuple[Tensor, Tensor] | None = None
+        self._drawn: tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]] | None = None
         self._base: tuple[int | None, int] | None = None
         self.face(Die(seed=None, read_noise=False))
 
@@ -85,6 +88,7 @@ class CrossbarTwin(nn.Module):
         """See `Twin.face`; facing the same die again while training, the twin knows its errors."""
         if (die, converters, readings) != getattr(self, "_faced", None) or not self.training:
             self._missed = None
+        self._drawn = None
         self._faced = (die, converters, readings)
         self.die, self.converters, self.readings = die, converters, readings
         self._reads: torch.Generator | None = None
@@ -152,8 +156,7 @@ class CrossbarTwin(nn.Module):
                 error, drift = self._errors(weight, joined=False)
                 scale = unit * drift
             else:
-                held, scale, variance = self._devices(weight, unit, False)
-                error = held - self.cut(weight) / unit.unsqueeze(-1)
+                error, scale, variance = self._judged(weight, unit)
         unit_step = full / (self.codes * self.samples)
         step = self.log_range.exp()[:, self.column].unsqueeze(1) * unit_step
         tiles = (self.cut(weight) / unit.unsqueeze(-1) + error).permute(1, 2, 0)  # [T, R, out]
@@ -164,6 +167,20 @@ class CrossbarTwin(nn.Module):
         samples = on_integers(currents, self.samples)
         y = (samples * (step * scale.T.unsqueeze(1))).sum(dim=0)
         return y.reshape(*x.shape[:-1], -1)
+
+    def _judged(self, weight: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Errors of the normalised weights, scale and variance of a reading of one die.
+
+        Kept from call to call for as long as the weights stay the same, for a judgement makes many;
+        not those of large layers, whose products take longer than their draws.
+        """
+        if self._drawn is not None and torch.equal(self._drawn[0], weight):
+            return self._drawn[1]
+        held, scale, variance = self._devices(weight, unit, False)
+        made = held - self.cut(weight) / unit.unsqueeze(-1), scale, variance
+        if self.keeps and weight.numel() <= _KEPT:
+            self._drawn = weight.clone(), made
+        return made
 
     def _scale(self, weight: Tensor) -> Tensor:
         """The weight of a full conductance of each column, ``[out, T]``; 1 where all are zero."""
