@@ -8,7 +8,6 @@ line below. Peak memory is the largest resident set, mapped pages of the shards 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -18,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import process
-from benchmarks.figure import Figure, table
-from benchmarks.synthetic import Shape, placed
+from benchmarks.figure import Figure
+from benchmarks.synthetic import Shape, main, placed
 
-LAYERS = 20
 SHARDS = 3
 
 _IMPORTS = "import sys; from pfmc import ingest"
@@ -82,7 +80,7 @@ def _shard(path: Path, part: list[tuple[str, tuple[int, ...]]]) -> None:
             out.write(block[: min(left, len(block))])
 
 
-def figures(folder: Path | None = None, layers: int = LAYERS) -> Iterator[Figure]:
+def figures(folder: Path | None = None, layers: int = Shape.layers) -> Iterator[Figure]:
     """CPU time and peak memory until the graph is ready, and beside transformers.
 
     Args:
@@ -118,14 +116,5 @@ def _run(code: str, folder: Path) -> process.Cost:
     return process.run([sys.executable, "-c", code, str(folder)])
 
 
-def main() -> None:
-    """Parses the command line, measures and prints."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    chosen = parser.parse_args()
-    print(table(figures(chosen.folder, chosen.layers)))
-
-
 if __name__ == "__main__":
-    main()
+    main(figures)

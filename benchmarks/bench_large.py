@@ -23,8 +23,6 @@ from benchmarks.bench_checkpoint import CANONICAL
 from benchmarks.figure import Figure, table
 from benchmarks.synthetic import Shape, generate, placed
 
-LAYERS = 20
-
 
 def floor(folder: Path, shape: Shape) -> None:
     """Reads, rounds and writes every matrix of the model in `folder` once."""
@@ -45,7 +43,7 @@ def floor(folder: Path, shape: Shape) -> None:
                 out.write(pack_int4(codes).tobytes())
 
 
-def figures(folder: Path | None = None, layers: int = LAYERS) -> Iterator[Figure]:
+def figures(folder: Path | None = None, layers: int = Shape.layers) -> Iterator[Figure]:
     """CPU time and peak memory of the compile, and their ratio to the floor's.
 
     Args:
@@ -93,7 +91,7 @@ def main() -> None:
     """Parses the command line, measures and prints."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--layers", type=int, default=Shape.layers)
     parser.add_argument("--floor", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.floor:

@@ -9,7 +9,6 @@ input file count. All 20 layers peak at 1,209 MB in 1,312 CPU s (one layer: 1,16
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import process
-from benchmarks.bench_large import LAYERS
-from benchmarks.figure import Figure, table
-from benchmarks.synthetic import Shape, generate, placed
+from benchmarks.figure import Figure
+from benchmarks.synthetic import Shape, generate, main, placed
 
 SEQUENCES, LENGTH = 4, 32
 SETTINGS = (
@@ -27,7 +25,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def figures(folder: Path | None = None, layers: int = LAYERS) -> Iterator[Figure]:
+def figures(folder: Path | None = None, layers: int = Shape.layers) -> Iterator[Figure]:
     """Peak memory and CPU time of the compile.
 
     Args:
@@ -56,14 +54,5 @@ def _measured(folder: Path, shape: Shape) -> Iterator[Figure]:
     yield Figure(name, done.cpu_s, "CPU s")
 
 
-def main() -> None:
-    """Parses the command line, measures and prints."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    chosen = parser.parse_args()
-    print(table(figures(chosen.folder, chosen.layers)))
-
-
 if __name__ == "__main__":
-    main()
+    main(figures)

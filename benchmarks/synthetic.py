@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+
+from benchmarks.figure import Figure, table
 
 
 @dataclass(frozen=True)
@@ -219,3 +222,12 @@ def placed(
         if not (place / file).is_file():
             make(place, shape)
         yield place
+
+
+def main(figures: Callable[[Path | None, int], Iterable[Figure]]) -> None:
+    """Parses ``--folder`` and ``--layers``, measures and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--layers", type=int, default=Shape.layers)
+    chosen = parser.parse_args()
+    print(table(figures(chosen.folder, chosen.layers)))
