@@ -17,7 +17,10 @@ from pfmc.hardware import FixedLinear, LayerStatistics, QuantisedMatrix, TiledLi
 from pfmc.quantity import Quantity, unit
 from pfmc.targets import get
 from pfmc.targets.base import Die, StoredLinear
-from pfmc.targets.crossbar import tiling
+from pfmc.targets.crossbar import conductance, tiling
+from pfmc.targets.crossbar import technology as crossbar
+from pfmc.targets.crossbar.conductance import MINUS, PLUS, SCALE
+from pfmc.targets.crossbar.moments import POINTS, moments
 from pfmc.targets.crossbar.train import Cut
 from pfmc.targets.grids import on_grid, on_own_grid, peak_step
 from pfmc.technology import Technology
@@ -134,6 +137,34 @@ def test_the_noise_of_a_twin_has_the_moments_of_a_die(
     assert slope[1] == pytest.approx(slope[0], abs=0.004)
     wrong = [float((v.mean(0) - clean).std() / clean.std()) for v in (truth, ours)]
     assert wrong[1] == pytest.approx(wrong[0], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["crossbar", "crossbar_pcm", "crossbar_reram", "crossbar_gaussian10"]
+)
+@pytest.mark.parametrize("age", [0.0, DAY])
+@pytest.mark.parametrize("weight", [0.0, 0.013, 0.0945, 0.16, 0.4, 1.0])
+def test_moments_are_those_of_a_die(name: str, age: float, weight: float) -> None:
+    """Of 40,000 devices that the simulator draws, a reading of each included."""
+    design = crossbar.design(technology.load(name))
+    target = conductance.to_conductance(np.full((400, 100), weight, np.float32), design)
+    scale = np.ones((1, 100), np.float32)
+    tensors = dict(zip((PLUS, MINUS, SCALE), (*target, scale), strict=True))
+    die = conductance.die_conductances(tensors, "layer", design, Die(5, age))
+    span = 1 - design.floor
+    written, aged = ((g[0] - g[1]) / span for g in (die.written, die.aged))
+    read = aged.astype(np.float64)
+    if design.noise.read:
+        sigma = design.noise.read_sigma(die.written, die.aged, age)
+        read = read + (sigma * np.random.default_rng(0).standard_normal(sigma.shape)).sum(0) / span
+    known, place = moments(design.noise, design.floor, age, True), round(weight * (POINTS - 1))
+    error = 5 * read.std() / np.sqrt(read.size)
+    assert known.spread[place] == pytest.approx(read.std(), rel=0.03)
+    assert known.error[place] == pytest.approx(read.mean() - weight, abs=error)
+    assert known.written[place] == pytest.approx(abs(written).mean(), abs=error)
+    assert known.aged[place] == pytest.approx(abs(aged).mean(), abs=error)
+    quiet = moments(design.noise, design.floor, age, False).spread[place]
+    assert quiet == pytest.approx(aged.std(), rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["crossbar", "optical"])
