@@ -21,7 +21,8 @@ Floats = npt.NDArray[np.float32]
 
 TOP = 127.0
 """Largest code of a factor in the fabric's 8-bit memory."""
-_RIDGE = 1e-6  # of the mean variance: directions that no input has cost nothing, and are not used
+RIDGE = 1e-6
+"""Of the mean variance: directions that no input has cost nothing, and are not used."""
 _ROUNDS = 4  # gain and path are each optimal for the other in turn
 
 
@@ -160,7 +161,7 @@ def spectrum(error: Array, covariance: Array, importance: Array | None = None) -
 def _roots(covariance: Array) -> tuple[Array, Array]:
     """S^(1/2) and its inverse, of S with a little added to its diagonal."""
     size = len(covariance)
-    ridge = _RIDGE * float(np.trace(covariance)) / size or 1.0
+    ridge = RIDGE * float(np.trace(covariance)) / size or 1.0
     values, vectors = np.linalg.eigh(covariance + ridge * np.eye(size))
     values = np.sqrt(np.maximum(values, ridge))
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
