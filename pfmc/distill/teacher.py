@@ -26,7 +26,7 @@ class Teacher:
 
     def __init__(self, student: Student, lesson: Lesson, batch: int) -> None:
         self.student, self.lesson, self.batch = student.eval(), lesson, batch
-        self._known: dict[str, list[Tensor]] | None = None
+        self._known: dict[str, dict[int, Tensor]] | None = None
 
     @torch.no_grad()
     def ask(self, rows: Sequence[int], held_out: bool = False) -> dict[str, Tensor]:
@@ -42,8 +42,8 @@ class Teacher:
     def remember(self, uses: int) -> bool:
         """Keeps all answers if each is wanted more than once and they fit; says whether.
 
-        They are asked for in order, so that they do not depend on which are needed first; padding
-        is not kept.
+        They are asked for from the shortest to the longest, so that little padding is computed, and
+        not in the order in which they are needed first; padding is not kept.
 
         Args:
             uses: samples that will be asked for, repeated ones counted.
@@ -55,12 +55,14 @@ class Teacher:
             size = int(size / lengths[: self.batch].max() * lengths.mean())
         if uses <= count or size > REMEMBERED_BYTES:
             return False
-        self._known = {name: [] for name in first}
+        order = range(count) if lengths is None else lengths.argsort(kind="stable").tolist()
+        known: dict[str, dict[int, Tensor]] = {name: {} for name in first}
         for start in range(0, count, self.batch):
-            rows = range(start, min(start + self.batch, count))
+            rows = order[start : start + self.batch]
             for name, values in self._fresh(rows, False).items():
                 for row, value in zip(rows, values, strict=True):
-                    self._known[name].append(_unpadded(value, lengths, row))
+                    known[name][row] = _unpadded(value, lengths, row)
+        self._known = known
         return True
 
 

@@ -269,7 +269,10 @@ def test_a_die_can_be_read_afresh() -> None:
     assert 0 < float(reads) < 2 * float((first - quiet).std())
 
 
-def test_a_judgement_draws_the_devices_of_a_die_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("converters", [True, False])
+def test_a_judgement_draws_the_devices_of_a_die_once(
+    monkeypatch: pytest.MonkeyPatch, converters: bool
+) -> None:
     pair, die = Pair("crossbar", linear()), Die(5, 86400.0, read_noise=False)
     drawn: list[Tensor] = []
     devices = type(pair.twin)._devices
@@ -280,7 +283,7 @@ def test_a_judgement_draws_the_devices_of_a_die_once(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(type(pair.twin), "_devices", counted)
     x, step = signal(pair.layer), torch.tensor(pair.layer.input_scale)
-    first = pair.trained(x, die)
+    first = pair.trained(x, die, converters)
     with torch.no_grad():
         again = pair.twin(on_grid(x, step, 127.0), pair.weight, step * 127)
         assert len(drawn) == 1
@@ -288,6 +291,6 @@ def test_a_judgement_draws_the_devices_of_a_die_once(monkeypatch: pytest.MonkeyP
         other = pair.twin(on_grid(x, step, 127.0), pair.weight, step * 127)
     assert len(drawn) == 2
     assert torch.equal(first, again)
-    assert torch.equal(other, pair.trained(x, die))
+    assert torch.equal(other, pair.trained(x, die, converters))
     assert len(drawn) == 3  # facing a die, even the same, begins anew
     assert not torch.equal(other, first)

@@ -8,6 +8,8 @@ are one batched product; without output converters the tiles fall together into 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +81,7 @@ class CrossbarTwin(nn.Module):
         self._known: dict[tuple[int, str], list[Tensor]] = {}
         self.keeps = True  # errors of one die from call to call; not where memory is short
         self._missed: tuple[Tensor, Tensor] | None = None
-        self._drawn: tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self._drawn: tuple[Tensor, Any] | None = None
         self._base: tuple[int | None, int] | None = None
         self.face(Die(seed=None, read_noise=False))
 
@@ -120,7 +122,10 @@ class CrossbarTwin(nn.Module):
             return self._converted(x, weight, full)
         if self.die.seed is None:
             return functional.linear(x, weight)
-        return functional.linear(x, weight + self._errors(weight, joined=True)[0])
+        if self.training:
+            return functional.linear(x, weight + self._errors(weight, joined=True)[0])
+        judged: Tensor = self._kept(weight, lambda: weight + self._errors(weight, joined=True)[0])
+        return functional.linear(x, judged)
 
     @torch.no_grad()
     def _errors(self, weight: Tensor, joined: bool) -> tuple[Tensor, Tensor]:
@@ -157,7 +162,7 @@ class CrossbarTwin(nn.Module):
                 error, drift = self._errors(weight, joined=False)
                 scale = unit * drift
             else:
-                error, scale, variance = self._judged(weight, unit)
+                error, scale, variance = self._kept(weight, lambda: self._judged(weight, unit))
         unit_step = full / (self.codes * self.samples)
         step = self.log_range.exp()[:, self.column].unsqueeze(1) * unit_step
         tiles = (self.cut(weight) / unit.unsqueeze(-1) + error).permute(1, 2, 0)  # [T, R, out]
@@ -170,15 +175,18 @@ class CrossbarTwin(nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
     def _judged(self, weight: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Errors of the normalised weights, scale and variance of a reading of one die.
+        """Errors of the normalised weights, scale and variance of a reading of one die."""
+        held, scale, variance = self._devices(weight, unit, False)
+        return held - self.cut(weight) / unit.unsqueeze(-1), scale, variance
 
-        Kept from call to call for as long as the weights stay the same, for a judgement makes many;
-        not those of large layers, whose products take longer than their draws.
+    def _kept(self, weight: Tensor, make: Callable[[], Any]) -> Any:
+        """What `make` makes of a die, as long as it is faced and the weights stay the same.
+
+        A judgement asks for it many times. Large layers are made anew: their products take longer.
         """
         if self._drawn is not None and torch.equal(self._drawn[0], weight):
             return self._drawn[1]
-        held, scale, variance = self._devices(weight, unit, False)
-        made = held - self.cut(weight) / unit.unsqueeze(-1), scale, variance
+        made = make()
         if self.keeps and weight.numel() <= _KEPT:
             self._drawn = weight.clone(), made
         return made
