@@ -182,6 +182,13 @@ def test_inputs_of_the_user_are_learned_from(tmp_path: Path) -> None:
         distil(model, tmp_path / "e", inputs=tmp_path / "y.npz")
 
 
+def test_what_is_won_without_converters_is_judged_with_them(tiny: Path, tmp_path: Path) -> None:
+    """However late output converters begin to count, the last state has seen them."""
+    settings = (*SHORT, "quantise.weight_bits=2", "distill.converters_from=1")
+    done = distil(tiny, tmp_path / "d", "crossbar", settings=settings, steps=12)
+    assert (done.manifest["kept"], done.manifest["best_step"]) == ("the distilled", 12)
+
+
 def test_the_start_is_kept_where_nothing_is_won(tiny: Path, tmp_path: Path) -> None:
     settings = (*THREE, "distill.lr=0", "distill.scale_lr=30", "distill.fabric_lr=0")
     done = distil(tiny, tmp_path / "d", settings=settings, steps=4)

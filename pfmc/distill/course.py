@@ -24,7 +24,8 @@ class Course:
         gradient_norm: gradients are clipped to it; 0 does not clip.
         clip_sigmas: weights are clipped to so many standard deviations after every step; 0 never.
         hidden: weight of the errors of all fixed linears' outputs beside the loss.
-        converters_from: share of the steps after which output converters are emulated.
+        converters_from: share of the steps after which output converters are emulated; in the last
+            step they always are, for only states that were judged with them are kept.
         noise: whether the target's noise is drawn in training; dies: how many fixed dies judge;
             die_steps: steps on one die before the next is drawn.
         age_s: age of the dies, in seconds since writing.
@@ -77,4 +78,4 @@ class Course:
 
     def first_converted(self, steps: int) -> int:
         """The first step with output converters."""
-        return round(self.converters_from * steps)
+        return min(round(self.converters_from * steps), max(0, steps - 1))
