@@ -34,7 +34,7 @@ from pfmc.distillation import Choices, distil_model
 
 OUT = ROOT / "docs" / "distil_ablation.csv"
 DIGITAL = ("rom", weights(2, 1e-3, "distill.scale_lr=2e-3"))
-ANALOG = ("crossbar_gaussian10", analog(1.5e-3))
+ANALOG = ("crossbar_gaussian10", analog(1.5e-3, clip=1.6))
 LEFT_OUT: dict[str, tuple[tuple[str, tuple[str, ...]], tuple[str, ...]]] = {
     "digital: all": (DIGITAL, ()),
     "digital: scales fixed": (DIGITAL, ("distill.scale_lr=0",)),
@@ -47,7 +47,7 @@ LEFT_OUT: dict[str, tuple[tuple[str, tuple[str, ...]], tuple[str, ...]]] = {
     "analog: all": (ANALOG, ()),
     "analog: no noise in training": (ANALOG, ("distill.noise=false",)),
     "analog: no clipping": (ANALOG, ("distill.clip_sigmas=0",)),
-    "analog: clipping at 1.6 deviations": (ANALOG, ("distill.clip_sigmas=1.6",)),
+    "analog: clipping at 3 deviations": (ANALOG, ("distill.clip_sigmas=3",)),
     "analog: converters from the start": (ANALOG, ("distill.converters_from=0",)),
     "analog: converters in the last step only": (ANALOG, ("distill.converters_from=0.997",)),
     "analog: one die for four steps": (ANALOG, ("distill.die_steps=4",)),
