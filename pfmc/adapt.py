@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from pfmc import artifact
 from pfmc.artifact import Manifest, Writer, canonical_json
+from pfmc.calibration import beside
 from pfmc.errors import InputError, UsageError
 from pfmc.ingest.adapters import CONFIG, WEIGHTS, Adapter, SidePath, adapter_files, load_adapter
 from pfmc.ir import provenance, vocabulary
@@ -109,6 +110,7 @@ def _fitted(model: ir.Model, found: Adapter, where: str) -> dict[str, Array]:
         provenance.scope(n): n for n in model.graph
         if vocabulary.is_op(n, vocabulary.SIDE_PATH, vocabulary.DOMAIN)
         and vocabulary.KEY_SPREAD not in n.metadata_props
+        and beside.KEY not in n.metadata_props  # a die's correction is no adapter's memory
     }  # fmt: skip
     faults = [f"{name} has no side path" for name in found.paths if name not in nodes]
     made: dict[str, Array] = {}

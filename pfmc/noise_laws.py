@@ -216,8 +216,8 @@ class Relaxation:
 
 
 def _flicker(t_s: float, read_s: float) -> float:
-    """sqrt(ln((t + t_read) / (2 t_read))): 1/f noise gathered from t_read to t."""
-    return math.sqrt(math.log((t_s + read_s) / (2.0 * read_s)))
+    """sqrt(ln((t + t_read) / (2 t_read))): 1/f noise gathered from t_read to t; none before."""
+    return math.sqrt(max(0.0, math.log((t_s + read_s) / (2.0 * read_s))))
 
 
 @dataclass(frozen=True)

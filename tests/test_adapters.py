@@ -6,14 +6,20 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from pfmc.adapt import adapt
 from pfmc.artifact import problems, read_manifest
+from pfmc.calibration import beside
+from pfmc.calibration.calibrate import calibrate
+from pfmc.calibration.choices import COURSE
+from pfmc.calibration.choices import Choices as CalibrationChoices
 from pfmc.compile import Compilation, compile_model
 from pfmc.errors import InputError, UsageError
 from pfmc.oracle import Oracle
@@ -188,6 +194,33 @@ def test_a_smaller_adapter_fits_and_a_larger_one_does_not(make: Make, tmp_path: 
         adapt(first, large, tmp_path / "large.pfm")
     with pytest.raises(UsageError, match="no writable side paths"):
         adapt(make("none2", adapter=None).path, small, tmp_path / "no.pfm")
+
+
+def test_a_corrected_die_keeps_its_correction_and_knows_its_adapter(
+    make: Make, adapter: Path, tmp_path: Path
+) -> None:
+    """The correction of a layer that the adapter leaves alone was overwritten with zeros."""
+    first = make("die", "crossbar_gaussian10").path
+    assert first is not None
+    course = replace(COURSE, steps=0, sequences=24, held_out=8, length=8, batch=4)
+    (tmp_path / "deeper").mkdir()
+    corrected = tmp_path / "deeper" / "corrected.pfm"
+    calibrate(first, corrected, choices=CalibrationChoices(die=3, course=course, rank=2))
+    found = find_adapter(open_machine(corrected), None)
+    assert found.resolve() == adapter.resolve()
+    adapt(corrected, adapter, tmp_path / "same.pfm")
+    files = ("model.onnx", "model.data")
+    for name in files:
+        assert (corrected / name).read_bytes() == (tmp_path / "same.pfm" / name).read_bytes()
+    other = L.write_adapter(tmp_path / "other", dict(list(L.ADAPTED.items())[:2]), rank=1)
+    adapt(corrected, other, tmp_path / "other.pfm")
+    before, after = (
+        beside.take(ir.load(place / "model.onnx")) for place in (corrected, tmp_path / "other.pfm")
+    )
+    assert any(side.down.any() for side in before.values())
+    for name, side in before.items():
+        for part in ("gain", "offset", "down", "up"):
+            np.testing.assert_array_equal(getattr(after[name], part), getattr(side, part))
 
 
 # -- numbers -------------------------------------------------------------------------------------

@@ -286,6 +286,8 @@ def test_matrices_may_be_given_instead(plain: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "faded.npz", arrays)
     choices = replace(SHORT, measured=file, only_gain=True)
     done = calibrate(plain, tmp_path / "g.pfm", choices=choices)
+    told = str(warning(done.manifest["config"], [SHORT.die], 0.0))
+    assert "a die that was measured" in told, "no simulated die is this one, whatever its seed"
     for side in sides_of(tmp_path / "g.pfm").values():
         np.testing.assert_allclose(side.gain, 1.25, rtol=1e-3)
         assert side.rank == 0
@@ -300,6 +302,7 @@ def test_matrices_may_be_given_instead(plain: Path, tmp_path: Path) -> None:
         ({"add": "encoder.7"}, "has no layer 'encoder.7'"),
         ({"cut": 1}, "not numbers"),
         ({"nan": 1}, "NaN or infinity"),
+        ({"empty": 1}, "has no rows"),
     ],
 )
 def test_measurements_that_do_not_fit_are_refused(
@@ -317,6 +320,8 @@ def test_measurements_that_do_not_fit_are_refused(
         arrays[key] = arrays[key][:, 1:]
     if "nan" in harm:
         arrays[key] = np.full_like(arrays[key], np.nan)
+    if "empty" in harm:
+        arrays[key] = arrays[key][:0]
     file = saved(tmp_path / "die.npz", arrays)
     with pytest.raises(InputError, match=message):
         calibrate(plain, tmp_path / "x.pfm", choices=replace(SHORT, measured=file))
@@ -334,11 +339,49 @@ def test_least_squares_recovers_a_matrix_from_noisy_readings() -> None:
     sd = 0.05 / np.sqrt(4000)
     assert np.abs(found.matrix - real).max() < 5 * sd
     assert np.abs(found.constant - constant).max() < 5 * sd
+    for one in (probes[:1], np.repeat(probes[:1], 5, axis=0)):  # tell of an offset and no more
+        told = measured.effective((one, one @ wanted + bias + 0.3), meant)
+        np.testing.assert_allclose(told.matrix, wanted, atol=1e-12)
+        np.testing.assert_allclose(told.constant, bias + 0.3)
     few = measured.effective((probes[:3], readings[:3]), meant)  # too few: as meant elsewhere
     assert np.abs(few.matrix - real).max() < np.abs(wanted).max()
 
 
+def test_graphs_that_take_no_free_batch_are_refused(tmp_path: Path) -> None:
+    for name, takes in (("gpt2__t_static", "samples at once"), ("llama__t_kv", "1 tokens a call")):
+        path = Path(__file__).resolve().parents[2] / "shared" / "zoo" / f"{name}.onnx"
+        if not path.is_file():
+            pytest.skip("needs the zoo beside the repository")
+        made = compile_model(
+            path, tmp_path / f"{name}.pfm", target="crossbar_gaussian10", settings=QUICK
+        )
+        assert made.path is not None
+        with pytest.raises(UsageError, match=takes):
+            calibrate(made.path, tmp_path / f"{name}-3.pfm", choices=SHORT)
+
+
 # -- drift ---------------------------------------------------------------------------------------
+
+
+def test_distillation_goes_on_from_the_present_correction_if_that_is_best(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began with paths fitted afresh, and what was learned before was lost."""
+    first = trained(plain, tmp_path / "first.pfm", steps=12)
+    assert first.notes["kept"] == "distilled"
+    starts: list[float] = []
+    run = train.Training.run
+
+    def watched(self: train.Training, tell: Any) -> Any:
+        starts.append(self.judge(True)["loss"])
+        return run(self, tell)
+
+    monkeypatch.setattr(train.Training, "run", watched)
+    again = trained(tmp_path / "first.pfm", tmp_path / "second.pfm", steps=2)
+    held = {name: found["loss"] for name, found in again.notes["held_out"].items()}
+    del held["distilled"]
+    assert min(held, key=lambda name: held[name]) == "before"
+    assert starts == [pytest.approx(held["before"], rel=1e-6)]
 
 
 def test_an_aged_die_is_calibrated_again(tiny: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pfmc import library, noise
 from pfmc.errors import UsageError
-from pfmc.noise_laws import Curve, Polynomial, PowerDrift, Relaxation
+from pfmc.noise_laws import Curve, FlickerRead, Polynomial, PowerDrift, Relaxation
 from pfmc.quantity import read_quantity
 from pfmc.technology import NoiseLaw
 
@@ -118,6 +118,12 @@ def test_read_noise_of_both_phase_change_models() -> None:
     low = np.clip(-0.0117 * np.log(x) - 0.0069, 0.015, 0.04)
     q = np.where(x < 0.16, low, 0.0069 * x**3 - 0.028 * x**2 + 0.0211 * x + 0.0123)
     assert hermes == pytest.approx(x * q * np.sqrt(np.log((3900 + 512e-9) / 1024e-9)), rel=1e-12)
+
+
+def test_no_flicker_has_gathered_before_the_first_reading_ends() -> None:
+    law = FlickerRead(0.01, 0.5, 0.2, t0_s=0.0, read_s=1.0, valid_age_s=1e9)
+    assert law.sigma(np.ones(2), np.ones(2), 0.0).tolist() == [0.0, 0.0]
+    assert law.sigma(np.ones(2), np.ones(2), 3.0) == pytest.approx(0.01 * math.sqrt(math.log(2)))
 
 
 def test_relaxation_reaches_the_measured_total_and_refuses_other_ages() -> None:

@@ -8,7 +8,6 @@ samples: never worse than the die was before.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -66,10 +65,9 @@ def calibrate(
             notes = writing.report_of(made)["passes"]["calibrate"]
             return Calibration(finished, notes, ready=True)
         run = _Run(machine, choices, data, writer, request, progress, began)
-        sides, notes, origin = run.fit()
+        sides, notes, origins = run.fit()
         body = {"config": config, "request_sha256": request}
-        told = os.path.relpath(origin.resolve(), made.resolve())
-        done = writing.write(writer, machine, sides, body, notes, told)
+        done = writing.write(writer, machine, sides, body, notes, origins)
     return Calibration(done, notes, cpu_s=time.process_time() - began)
 
 
@@ -99,8 +97,8 @@ class _Run:
     began: float
     told: dict[str, Any] = field(default_factory=dict)
 
-    def fit(self) -> tuple[dict[str, Side], dict[str, Any], Path]:
-        """The corrections as stored, what the report says of them, and the source's path."""
+    def fit(self) -> tuple[dict[str, Side], dict[str, Any], dict[str, Path]]:
+        """The corrections as stored, what the report says of them, and what they came from."""
         folder = self.writer.path / ".tmp"
         course, measured = self.choices.course, self.choices.measured
         bench = Bench.of(self.machine, self.data, course, folder, measured, self.progress)
@@ -108,7 +106,8 @@ class _Run:
         trainee = self._trainee(bench, known)
         training = Training(trainee, bench.teacher, bench.lesson, course, 1)
         figures = {name: self._judged(training, sides) for name, sides in known.items()}
-        name = min(list(known)[1:], key=lambda n: figures[n]["loss"])
+        starts = list(known)[0 if bench.present else 1 :]  # paths of nothing but zeros never learn
+        name = min(starts, key=lambda n: figures[n]["loss"])
         trainee.put(known[name])
         best = {n: s.stored() for n, s in known[name].items()}
         if course.steps != 0 and (course.steps or course.seconds):
@@ -119,7 +118,8 @@ class _Run:
                 name, best = "distilled", trained
         if figures["before"]["loss"] <= figures[name]["loss"]:
             name, best = "before", bench.present
-        return best, self._notes(bench, best, figures, name, training.step), bench.source
+        notes = self._notes(bench, best, figures, name, training.step)
+        return best, notes, bench.origins(self.data.adapter)
 
     def _candidates(self, bench: Bench) -> dict[str, Sides]:
         """Corrections to begin with, by name, all of the same ranks; the first is no change."""

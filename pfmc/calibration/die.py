@@ -14,7 +14,7 @@ from torch import nn
 from pfmc import ingest, store
 from pfmc.against_source import drive_of, find_source
 from pfmc.calibration import beside, measured
-from pfmc.distill.batching import freed
+from pfmc.distill.batching import batch_of, freed
 from pfmc.distill.corpus import lesson_of
 from pfmc.distill.course import Course
 from pfmc.distill.lessons import Language, Lesson
@@ -28,7 +28,7 @@ from pfmc.passes import pipeline
 from pfmc.passes import recipe as recipes
 from pfmc.passes.base import Context
 from pfmc.simulate import Machine
-from pfmc.with_adapter import merged_source
+from pfmc.with_adapter import find_adapter, has_adapter, merged_source
 
 Progress = Callable[[str], None]
 
@@ -104,12 +104,14 @@ class Bench:
         source = find_source(machine, data.model)
         with merged_source(machine, source, data.adapter) as truth:
             untouched = Student(freed(canonical_source(machine, truth))).eval()
+            _require_free(untouched.model, machine)
             lesson = _lesson(machine, untouched, data, course, folder, progress)
         teacher = Teacher(untouched, lesson, course.micro)
         model = ir.load(machine.path / "model.onnx")
         present = beside.take(model)
         tokens = beside.token_tops(model)
         model = freed(model)
+        _require_free(model, machine)
         lesson = _as_taken(lesson, model)
         ideal = Student(model).eval()
         feeds = lesson.feeds(range(min(FITTED_ROWS, lesson.rows)))
@@ -120,6 +122,13 @@ class Bench:
         return Bench(
             machine, model, present, source, lesson, teacher, plants, student, tokens, importance
         )
+
+    def origins(self, adapter: Path | None) -> dict[str, Path]:
+        """What the artifact was compiled from, by name: the source, and its adapter if any."""
+        found = {"source": self.source}
+        if has_adapter(self.machine):
+            found["adapter"] = find_adapter(self.machine, adapter)
+        return found
 
     @property
     def weights(self) -> int:
@@ -156,6 +165,18 @@ def _lesson(
         tokenizer=tokenizer if tokenizer.is_file() else None, text=data.text, inputs=data.inputs,
         progress=lambda line: progress(line.replace("distill:", "calibrate:", 1)),
     )  # fmt: skip
+
+
+def _require_free(model: ir.Model, machine: Machine) -> None:
+    """Refuses a graph that cannot be run on many whole samples at once (UsageError)."""
+    lead, batch = drive_of(model), batch_of(model)
+    few = lead.length if lead is not None and lead.memories else None
+    if batch is not None or few is not None:
+        takes = f"{few} tokens a call" if batch is None else f"{batch} samples at once"
+        raise UsageError(
+            f"the graph takes {takes}, and calibration needs many", where=str(machine.path),
+            mend="export the model with a free batch and a free length, and compile it again",
+        )  # fmt: skip
 
 
 def _as_taken(lesson: Lesson, model: ir.Model) -> Lesson:

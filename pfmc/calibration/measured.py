@@ -80,7 +80,7 @@ def effective(probed: Probed, meant: Plant) -> Plant:
     mean_in, mean_out = inputs.mean(axis=0), missed.mean(axis=0)
     centred = inputs - mean_in
     gram = centred.T @ centred
-    gram += _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    gram += (_RIDGE * np.square(inputs).sum() / len(gram) or 1.0) * np.eye(len(gram))
     change = np.linalg.solve(gram, centred.T @ (missed - mean_out))
     constant = meant.bias + mean_out - mean_in @ change
     return Plant(meant.wanted + change, constant, meant.wanted, meant.bias)
@@ -165,6 +165,8 @@ def _plant(path: Path, held: Mapping[str, Array], name: str, meant: Plant) -> Pl
         constant = take(key, outputs) if key in held else meant.bias
         return Plant(matrix, constant, meant.wanted, meant.bias)
     probes = take(name + PROBES, None, inputs)
+    if not len(probes):
+        raise InputError(f"{name + PROBES} has no rows", where=str(path))
     return effective((probes, take(name + READINGS, len(probes), outputs)), meant)
 
 

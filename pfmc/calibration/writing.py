@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _CHUNK = 1 << 24
 
 def write(
     writer: Writer, machine: Machine, sides: Mapping[str, Side], body: Mapping[str, Any],
-    notes: Mapping[str, Any], source: str,
+    notes: Mapping[str, Any], origins: Mapping[str, Path],
 ) -> Manifest:  # fmt: skip
     """Writes and commits the artifact.
 
@@ -32,7 +33,8 @@ def write(
         writer: of the new artifact. machine: the old one.
         sides: the corrections as stored; a layer without one has none.
         body: of the manifest; notes: of the calibration, for the report.
-        source: what ``provenance/source.txt`` says.
+        origins: what ``provenance/<name>.txt`` leads to: ``source``, and ``adapter`` if there is
+            one.
     """
     model = ir.load(machine.path / MODEL)
     beside.take(model)
@@ -49,11 +51,13 @@ def write(
     definitions = {r.name: target.definition(r.summary, tech) for r in records}
     writer.write(NETLIST, assemble(model, definitions, ops).to_json().encode())
     context = fixed_positions(model, shapes) or machine.manifest["config"]["context"]
-    told = {**machine.report["passes"], "calibrate": notes}
-    report = lowered.report(target, tech, model, records, ops, context, told)
+    passes = {**machine.report["passes"], "calibrate": notes}
+    report = lowered.report(target, tech, model, records, ops, context, passes)
     writer.write(REPORT, canonical_json(report))
     writer.write(METRICS, lowered.metrics_csv(report).encode())
-    writer.write("provenance/source.txt", f"{source}\n".encode())
+    for name, place in origins.items():
+        told = os.path.relpath(place.resolve(), writer.path.resolve())
+        writer.write(f"provenance/{name}.txt", f"{told}\n".encode())
     return writer.commit(body)
 
 

@@ -108,7 +108,7 @@ def _dies(text: str) -> tuple[int | None, ...]:
         raise UsageError(f"cannot read the dies {text!r}", mend="e.g. 0-4, or ideal") from error
     if not found:
         raise UsageError(f"{text!r} names no die", mend="e.g. 0-4, or ideal")
-    return tuple(found)
+    return tuple(dict.fromkeys(found))  # a die named twice is one die
 
 
 def _limit(text: str) -> tuple[str, str, float]:

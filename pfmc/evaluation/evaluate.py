@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import onnx_ir as ir
 from pfmc import ingest, simulate
 from pfmc.against_source import Plan, batches_of, drive_of, find_source, truth_of
 from pfmc.distill.feeds import batches_of_file, labels_of_file
-from pfmc.errors import FileError, InputError, UsageError
+from pfmc.errors import FileError, InputError, UsageError, did_you_mean
 from pfmc.evaluation.figures import Figure
 from pfmc.evaluation.tasks import Embedding, Labelled, Language, Measured, Task, read_pairs
 from pfmc.simulate import Machine
@@ -106,9 +107,7 @@ def evaluate(
     ]
     count = len(next(iter(per_die[0].values())))
     title = f"{Path(path).name}, {task.name}, {count} documents, {len(dies)} die(s)"
-    return Evaluation(
-        title, task.name, count, tuple(dies), age_s, tuple(task.figures(per_die))
-    )
+    return Evaluation(title, task.name, count, tuple(dies), age_s, tuple(task.figures(per_die)))
 
 
 def _one(path: Path, task: Task, die: int | None, age_s: float, progress: Progress) -> Measured:
@@ -143,9 +142,10 @@ def _task(
     labels = labels_of_file(plan.inputs)
     batches = list(batches_of_file(model, plan.inputs, documents or sys.maxsize))
     count = sum(len(next(iter(b.values()))) for b in batches)
-    chosen = output or _first_output(model)
+    chosen = _output(model, output)
     given = None if labels is None else labels[:count]
-    identity = _identity(chosen, *(v for b in batches for v in b.values()))
+    arrays = [v for b in batches for v in b.values()]
+    identity = _identity(chosen, *arrays, *([] if given is None else [given]))
     return Labelled(batches, given, chosen, identity)
 
 
@@ -158,14 +158,21 @@ def _pairs_task(
             "sentences need a tokenizer", where=str(machine.path),
             mend="compile with --tokenizer tokenizer.json",
         )  # fmt: skip
-    chosen = output or _first_output(model)
+    chosen = _output(model, output)
     names = [str(v.name) for v in model.graph.inputs]
     found = read_pairs(path, documents)
     text = json.dumps([chosen, plan.length, *found.sentences, *map(float, found.scores)])
     return Embedding(found, machine.tokenizer, plan.length, names, chosen, _identity(text))
 
 
-def _first_output(model: ir.Model) -> str:
+def _output(model: ir.Model, asked: str | None) -> str:
+    """The output that is judged: the one asked for, else the first of more than one number."""
+    names = [str(v.name) for v in model.graph.outputs]
+    if asked is not None and asked not in names:
+        mend = did_you_mean(asked, names)
+        raise UsageError(f"the model has no output {asked!r}", where="--output", mend=mend)
+    if asked is not None:
+        return asked
     wide = [v for v in model.graph.outputs if v.shape is not None and len(v.shape) >= 2]
     return str((wide or model.graph.outputs)[0].name)
 
@@ -185,7 +192,7 @@ class _Book:
 
     def __init__(self, path: Path | None, identity: str) -> None:
         self.path, self.identity = path, identity
-        self.known = {} if path is None or not path.is_file() else _read(path)
+        self.known = {} if path is None else _opened(path)
 
     def once(self, die: int | None, measure: Callable[[], Measured]) -> Measured:
         """What stands in the book for `die`, else what `measure` finds."""
@@ -198,7 +205,7 @@ class _Book:
     def _write(self, key: str, found: Mapping[str, Array]) -> None:
         if self.path is None:
             return
-        fresh = not self.path.is_file()
+        fresh = not self.path.stat().st_size
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             if fresh:
@@ -208,9 +215,23 @@ class _Book:
             writer.writerow((key, "complete", len(found), 1.0))
 
 
+def _opened(path: Path) -> dict[str, Measured]:
+    """Complete dies of a book; proves that it can be written, and ends a torn line."""
+    try:
+        with path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read() not in (b"", b"\n"):
+                file.write(b"\n")
+    except OSError as error:
+        raise FileError(
+            f"cannot write: {error.strerror}", where=str(path), mend="give another file with --save"
+        ) from error
+    return _read(path) if size else {}
+
+
 def _read(path: Path) -> dict[str, Measured]:
-    """Complete dies of a book."""
-    held: dict[str, dict[str, list[float]]] = {}
+    held: dict[str, dict[str, list[str]]] = {}
     complete: set[str] = set()
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.reader(file)
@@ -225,5 +246,5 @@ def _read(path: Path) -> dict[str, Measured]:
                 continue
             if document == "0":  # from its first document on: an earlier try may have been cut off
                 held.setdefault(key, {})[metric] = []
-            held[key][metric].append(float(value))
-    return {k: {m: np.array(v) for m, v in held[k].items()} for k in complete}
+            held.setdefault(key, {}).setdefault(metric, []).append(value)
+    return {k: {m: np.array(v, np.float64) for m, v in held[k].items()} for k in complete}

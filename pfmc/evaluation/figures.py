@@ -86,9 +86,7 @@ def rank_figure(name: str, per_die: Sequence[Array], scores: Array) -> Figure:
     return Figure(name, float(np.mean(values)), "", *drawn, values, die_low, die_high, "higher")
 
 
-def difference_figure(
-    name: str, per_die: Sequence[Array], truth: Array, scores: Array
-) -> Figure:
+def difference_figure(name: str, per_die: Sequence[Array], truth: Array, scores: Array) -> Figure:
     """rho of each die's similarities minus rho of the float model's, on the same pairs."""
 
     def difference(rows: Array) -> float:
@@ -116,5 +114,7 @@ def _bootstrap(measure: Callable[[Array], Any], count: int) -> tuple[float | Non
         return None, None
     rng = np.random.default_rng(0)
     drawn = [measure(rng.integers(0, count, count)) for _ in range(RESAMPLES // 5)]
+    if np.isnan(drawn).all():
+        return None, None
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return float(low), float(high)

@@ -16,6 +16,7 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from pfmc.distill.calibrate import fitting_length
 from pfmc.distill.generate import Decoder
 from pfmc.distill.measure import log_softmax
 from pfmc.errors import UsageError
@@ -33,7 +34,7 @@ class ArtifactLM(LM):  # type: ignore[misc]
     Args:
         path: the artifact.
         die: seed, or ``ideal``; age_s: seconds since writing.
-        window: tokens scored at once; the model's own limit if it is smaller.
+        window: tokens the model reads at once; halved until its position tables hold them.
         batch_size, max_batch_size, device: taken because the harness gives them; not used.
     """
 
@@ -51,9 +52,7 @@ class ArtifactLM(LM):  # type: ignore[misc]
             )  # fmt: skip
         self.decoder: Decoder = machine.decoder()
         self.tokenizer = machine.tokenizer
-        drive = self.decoder.drive
-        limit = None if drive.memories else drive.length
-        self.window = min(int(window), limit or int(window))
+        self.window = fitting_length(self.decoder, int(window))
         self._name = machine.path.name
 
     @property
@@ -74,7 +73,8 @@ class ArtifactLM(LM):  # type: ignore[misc]
         return [self._rolling(request.args[0]) for request in requests]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuation of each prompt up to a stop string."""
+        """Greedy continuation of each prompt up to a stop string; what does not fit the window
+        is cut from the prompt's start, and at most half of it."""
         return [self._generated(*request.args) for request in requests]
 
     # -- how ---------------------------------------------------------------------------------
@@ -99,12 +99,12 @@ class ArtifactLM(LM):  # type: ignore[misc]
     def _scored(self, before: list[int], after: list[int]) -> tuple[float, bool]:
         if not after:
             return 0.0, True
-        if len(after) >= self.window:
+        if len(after) > self.window:
             raise UsageError(
                 f"a continuation of {len(after)} tokens does not fit a window of {self.window}"
             )
-        ids = np.array([(before + after)[-self.window :]])
-        logs = log_softmax(self.decoder.logits(ids)[0, -len(after) - 1 : -1])
+        ids = np.array([(before + after)[-self.window - 1 : -1]])  # nothing follows the last
+        logs = log_softmax(self.decoder.logits(ids)[0, -len(after) :])
         taken = logs[np.arange(len(after)), after]
         return float(taken.sum()), bool((logs.argmax(-1) == np.array(after)).all())
 
@@ -113,11 +113,12 @@ class ArtifactLM(LM):  # type: ignore[misc]
         return sum(self._scored(before, part)[0] for before, part in self._parts(ids))
 
     def _parts(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Disjoint windows, each with one token before it, as the harness does."""
-        step = self.window - 1
-        for start in range(0, len(ids), step):
-            before = self._prefix() if start == 0 else ids[start - 1 : start]
-            yield before, ids[start : start + step]
+        """Disjoint windows, each with one token before it, as the harness does; the last has as
+        many as there is room for."""
+        for start in range(0, len(ids), self.window):
+            part = ids[start : start + self.window]
+            room = self.window + 1 - len(part)
+            yield (ids[max(0, start - room) : start] or self._prefix()), part
 
     def _generated(self, context: str, options: dict[str, Any]) -> str:
         stops = options.get("until") or []
@@ -125,7 +126,8 @@ class ArtifactLM(LM):  # type: ignore[misc]
         count = int(options.get("max_gen_toks", 256))
         sampled = bool(options.get("do_sample")) and float(options.get("temperature", 0)) > 0
         prompt = self._prefix() + self.tokenizer.encode(context, special=False)
-        prompt = prompt[-max(1, self.window - count) :]
+        prompt = prompt[-max(self.window - count, self.window // 2, 1) :]
+        count = min(count, max(1, self.window - len(prompt)))
         tokens = self.decoder.generate(
             prompt, count, greedy=not sampled,
             temperature=float(options.get("temperature", 1.0)) or 1.0,

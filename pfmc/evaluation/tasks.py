@@ -101,7 +101,7 @@ class Language:
             mean_figure("perplexity ratio", excess, better="lower", through=_exp),
             mean_figure("excess", excess, "nats a token", "lower"),
             mean_figure("KL divergence", [d["kl"] for d in per_die], "nats a token", "lower"),
-            mean_figure("top-1 agreement", [d["top1"] for d in per_die], "", "higher"),
+            mean_figure("top-1 agreement", [d["top1"] for d in per_die], "", "higher", _share),
             mean_figure("perplexity", [d["student"] for d in per_die], "a token", "lower", _exp),
             mean_figure(
                 "perplexity of the source", [d["teacher"] for d in per_die[:1]], "a token",
@@ -112,6 +112,11 @@ class Language:
 
 def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
+
+
+def _share(value: float) -> float:
+    """A share or a cosine: the end of an interval lies inside, too."""
+    return max(-1.0, min(1.0, value))
 
 
 # -- sentence pairs --------------------------------------------------------------------------------
@@ -134,12 +139,14 @@ def read_pairs(path: Path, count: int | None = None) -> Pairs:
         path: the file; count: at most so many, spread evenly; None for all.
 
     Raises:
-        InputError: a line that is neither, named by its number.
+        InputError: no text, or a line that is neither, named by its number.
     """
-    rows = []
     with path.open(encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-            rows.append(_pair(row, path, number))
+        table = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        try:
+            rows = [_pair(row, path, number) for number, row in enumerate(table, 1)]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"this is no UTF-8 table: {error}", where=str(path)) from error
     if not rows:
         raise InputError("there are no pairs in this file", where=str(path))
     if count is not None and count < len(rows):
@@ -151,6 +158,8 @@ def _pair(row: list[str], path: Path, number: int) -> tuple[float, str, str]:
     chosen = (row[4], row[5], row[6]) if len(row) >= 7 else tuple(row)
     try:
         score, one, other = chosen
+        if not math.isfinite(float(score)):
+            raise ValueError(score)
         return float(score), one, other
     except ValueError as error:
         raise InputError(
@@ -178,6 +187,9 @@ class Embedding:
     ) -> None:  # fmt: skip
         self.pairs, self.output, self.identity = pairs, output, identity
         lines = tokenizer.encode_lines(pairs.sentences, longest)
+        if not all(lines):
+            number = next(i for i, line in enumerate(lines) if not line) // 2 + 1
+            raise InputError("a sentence has no tokens", where=f"pair {number}")
         order = np.argsort([len(line) for line in lines], kind="stable")
         self.back = np.argsort(order)
         self.batches = [
@@ -212,7 +224,7 @@ class Embedding:
         similar, scores = [d["similarity"] for d in per_die], self.pairs.scores
         low = tuple(float(np.percentile(c, 1)) for c in cosines)
         return [
-            mean_figure("cosine to the source's embedding", cosines, better="higher"),
+            mean_figure("cosine to the source's embedding", cosines, "", "higher", _share),
             Figure("1st percentile of cosine", float(np.mean(low)), dies=low, better="higher"),
             rank_figure("Spearman's rho", similar, scores),
             rank_figure("Spearman's rho of the source", [_similar(self.truth)], scores),
@@ -226,7 +238,9 @@ def _similar(embedded: Array) -> Array:
 
 
 def padded(lines: Sequence[Sequence[int]], inputs: Sequence[str]) -> dict[str, Array]:
-    """Token lists as graph inputs, int64 ``[lines, longest]``: ids, mask and types by name.
+    """Token lists as graph inputs, int64 ``[lines, longest]``: ids, mask, types and positions.
+
+    Inputs are known by their names; ``token_type_ids`` and ``position_ids`` are no token ids.
 
     Raises:
         UsageError: an input is none of those.
@@ -236,7 +250,8 @@ def padded(lines: Sequence[Sequence[int]], inputs: Sequence[str]) -> dict[str, A
     for row, line in enumerate(lines):
         ids[row, : len(line)] = line
         mask[row, : len(line)] = 1
-    known = {"ids": ids, "mask": mask, "type": np.zeros_like(ids)}
+    types, positions = np.zeros_like(ids), np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+    known = {"mask": mask, "type": types, "segment": types, "position": positions, "ids": ids}
     feeds = {n: next((v for k, v in known.items() if k in n), None) for n in inputs}
     missing = [n for n, v in feeds.items() if v is None]
     if missing:
@@ -260,6 +275,9 @@ def pooled(vectors: Array, mask: Array | None) -> Array:
 class Labelled:
     """Accuracy on labelled inputs, images say; without labels, agreement with the source alone.
 
+    Of an output ``[N, S, D]`` every position is judged by itself, those that the mask hides are
+    left out, and a sample's number is the mean over the others.
+
     Args:
         batches: graph inputs; labels: classes ``[N]`` or None; output: the class scores.
     """
@@ -273,10 +291,17 @@ class Labelled:
         self.batches, self.output, self.identity = batches, output, identity
         self.labels = labels
         self.scores = np.zeros(0)
+        masks = [m for feeds in batches if (m := mask_of(feeds)) is not None]
+        self.mask = np.concatenate(masks) if masks else None
 
     def prepare(self, source: Source) -> None:
         """Keeps the source's class scores."""
         self.scores = np.concatenate([source.run(f)[self.output] for f in self.batches])
+        if self.labels is not None and self.scores.ndim != 2:
+            raise UsageError(
+                f"labels need one row of class scores a sample, not {list(self.scores.shape)}",
+                where=self.output, mend="choose the output of class scores with --output",
+            )  # fmt: skip
         if self.labels is not None and self.labels.max() >= self.scores.shape[-1]:
             raise UsageError(
                 f"a label is {self.labels.max()}, but the model knows "
@@ -287,16 +312,25 @@ class Labelled:
         """Right or wrong, same choice as the source or not, KL divergence, cosine."""
         runs = (machine.run(machine_feeds(machine, None, f)) for f in self.batches)
         ours = np.concatenate([r[self.output] for r in runs])
-        p, q = (log_softmax(s.reshape(len(s), -1)) for s in (self.scores, ours))
+        truth, ours = _positions(self.scores), _positions(ours)
+        p, q = log_softmax(truth), log_softmax(ours)
+        same = cosine(*(s.reshape(-1, s.shape[-1]) for s in (ours, truth)))
         found = {
-            "agree": (p.argmax(-1) == q.argmax(-1)).astype(np.float64),
-            "kl": (np.exp(p) * (p - q)).sum(-1),
-            "cosine": cosine(ours.reshape(len(ours), -1), self.scores.reshape(len(ours), -1)),
+            "agree": self._mean(p.argmax(-1) == q.argmax(-1)),
+            "kl": self._mean((np.exp(p) * (p - q)).sum(-1)),
+            "cosine": self._mean(same.reshape(truth.shape[:-1])),
         }
         if self.labels is not None:
-            found["right"] = (q.argmax(-1) == self.labels).astype(np.float64)
-            found["source_right"] = (p.argmax(-1) == self.labels).astype(np.float64)
+            found["right"] = (q[:, 0].argmax(-1) == self.labels).astype(np.float64)
+            found["source_right"] = (p[:, 0].argmax(-1) == self.labels).astype(np.float64)
         return found
+
+    def _mean(self, values: Array) -> Array:
+        """The mean ``[N]`` over the positions ``[N, S]`` of each sample that count."""
+        if self.mask is None or self.mask.shape != values.shape:
+            return np.asarray(values.mean(axis=1), np.float64)
+        counts = self.mask.astype(np.float64)
+        return np.asarray((values * counts).sum(axis=1) / np.maximum(counts.sum(axis=1), 1.0))
 
     def figures(self, per_die: Sequence[Measured]) -> list[Figure]:
         """Accuracy of both, agreement, KL and cosine."""
@@ -308,8 +342,13 @@ class Labelled:
             ("cosine of the outputs", "cosine", "", "higher"),
         ]
         return [
-            mean_figure(name, [d[key] for d in per_die], unit, better)
+            mean_figure(
+                name, [d[key] for d in per_die], unit, better, float if unit else _share
+            )
             for name, key, unit, better in wanted if key in per_die[0]
         ]  # fmt: skip
 
 
+def _positions(scores: Array) -> Array:
+    """``[N, S, D]`` as it is, anything else as one position ``[N, 1, D]``."""
+    return scores if scores.ndim == 3 else scores.reshape(len(scores), 1, -1)

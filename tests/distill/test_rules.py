@@ -213,6 +213,8 @@ def test_evolution_reads_the_order_of_losses_alone() -> None:
     one, other = rule.gradient(whole, BATCH), rule.gradient(stretched, BATCH)
     assert all(torch.equal(one[k], other[k]) for k in one)
     assert cosine(one, mismatched.true_gradient(whole, BATCH)) > 0.03
+    flat = Problem(whole.model, whole.parameters, lambda *_: torch.ones(()), whole.device)
+    assert not any(g.any() for g in rule.gradient(flat, BATCH).values()), "equal losses say nothing"
 
 
 # -- equilibria ------------------------------------------------------------------------------------
@@ -277,6 +279,15 @@ def test_measured_gradients_of_masks_equal_calculus(planes: int, modes: int, see
     for measure, tolerance in (("adjoint", 1e-5), ("echo", 1e-3)):
         for true, measured in zip(found["autograd"], found[measure], strict=True):
             assert float((true - measured).norm()) <= tolerance * float(true.norm()) + 1e-6
+
+
+def test_an_echo_of_darkness_still_tells_the_gradient_by_the_input() -> None:
+    """A sample of zeros has no field to scale the kick by; what lies before it must learn."""
+    stack = MaskStack(4, 3, 8, 3, "l", 0)
+    x = torch.zeros(2, 4).requires_grad_()
+    (true,) = torch.autograd.grad(stack(x).sum(), x)
+    stack.measure = "echo"
+    torch.testing.assert_close(torch.autograd.grad(stack(x).sum(), x)[0], true, rtol=1e-3, atol=0)
 
 
 def test_masks_with_unknown_errors_are_trained_through_their_own_waves() -> None:

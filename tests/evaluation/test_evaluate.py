@@ -16,8 +16,9 @@ import pytest
 from pfmc import simulate
 from pfmc.compile import compile_model
 from pfmc.distill.text import windows_of_file
-from pfmc.errors import InputError, UsageError
+from pfmc.errors import FileError, InputError, UsageError
 from pfmc.evaluation import evaluate
+from pfmc.evaluation.evaluate import _Book
 from pfmc.evaluation.tasks import pooled, read_pairs
 from pfmc.targets.base import Die
 
@@ -110,8 +111,26 @@ def test_a_stopped_run_resumes(
     again = evaluate(bard, **task, dies=(0, 1), save=book)
     assert [d.seed for d in opened] == [1]
     assert again.figures == whole.figures
+    with pytest.raises(FileError, match="cannot write"):
+        evaluate(bard, **task, save=tmp_path / "none" / "book.csv")
+    assert len(opened) == 1, "refused before anything was measured"
     with book.open(newline="") as file:
         assert {r["metric"] for r in csv.DictReader(file)} >= {"kl", "student", "complete"}
+
+
+@pytest.mark.parametrize("cut", [0, -1, -4, -20, -60, -100])
+def test_a_book_torn_anywhere_is_carried_on(cut: int, tmp_path: Path) -> None:
+    """The first row of the next try was glued to the torn one, and two tries were mixed."""
+    path = tmp_path / "book.csv"
+    first, second = ({"a": np.arange(4.0) + k, "b": np.full(4, 0.5)} for k in (0, 10))
+    _Book(path, "x").once(0, lambda: first)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    _Book(path, "x").once(0, lambda: second)
+    found = _Book(path, "x").once(0, lambda: pytest.fail("measured again"))
+    known = first if cut in (-1, -4) else second  # only its last line is torn: it is complete
+    for metric, values in known.items():
+        np.testing.assert_array_equal(found[metric], values)
 
 
 def test_images_with_labels(tmp_path: Path) -> None:
@@ -140,13 +159,21 @@ def test_images_with_labels(tmp_path: Path) -> None:
     np.savez(tmp_path / "far.npz", **{entry.name: images, "labels": labels + 99_999})
     with pytest.raises(UsageError, match="a label is"):
         evaluate(tmp_path / "v.pfm", inputs=tmp_path / "far.npz")
+    np.savez(tmp_path / "few.npz", **{entry.name: images, "labels": labels[:5]})
+    with pytest.raises(InputError, match=r"shape \[5\] for 24 samples"):
+        evaluate(tmp_path / "v.pfm", inputs=tmp_path / "few.npz")
+    with pytest.raises(UsageError, match="no output 'score'"):
+        evaluate(tmp_path / "v.pfm", inputs=tmp_path / "images.npz", output="score")
+    book = {"dies": (None,), "save": tmp_path / "book.csv"}
+    evaluate(tmp_path / "v.pfm", inputs=tmp_path / "images.npz", **book)
+    np.savez(tmp_path / "other.npz", **{entry.name: images, "labels": scores.argmax(-1)})
+    again = evaluate(tmp_path / "v.pfm", inputs=tmp_path / "other.npz", **book)
+    assert again["accuracy of the source"].value == 1.0, "labels are part of what is measured"
 
 
 def test_sentence_pairs_are_pooled_under_the_mask() -> None:
     vectors = np.array([[[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]])
-    np.testing.assert_allclose(
-        pooled(vectors, np.array([[1, 1, 0]])), [[0.6, 0.8]], rtol=1e-12
-    )
+    np.testing.assert_allclose(pooled(vectors, np.array([[1, 1, 0]])), [[0.6, 0.8]], rtol=1e-12)
     np.testing.assert_allclose(pooled(vectors[:, 0], None), [[1.0, 0.0]])
 
 
@@ -177,6 +204,8 @@ def test_the_verb(bard: Path, prose: Path, here: Callable[..., Any]) -> None:
     assert here(*words, "--fail-on", "perplexity ration>1").code == 2
     here(*words, "--fail-on", "perplexity").refused(2, "cannot read the limit")
     here("eval", bard, "--dies", "x").refused(2, "cannot read the dies")
+    once = json.loads(here(*words, "--json", "--dies", "0,0").out)
+    assert once["dies"] == [0], "a die named twice is one die, and has no spread"
     here("eval", bard, "--text", prose, "--pairs", prose).refused(2, "give one of")
     here("eval", bard, "--text", prose / "none.txt").refused(74, "no such text")
 
@@ -204,6 +233,26 @@ def test_the_harness_scores_an_artifact(bard: Path, tmp_path: Path) -> None:
     assert total == pytest.approx(expected, abs=1e-3)
     written = ask("generate_until", first, {"until": ["\n"], "max_gen_toks": 8})
     assert ask("loglikelihood", first, written)[1] is True, "greedy text is what greedy gives"
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    for model.window in (2, 5, 8):  # type: ignore[misc]
+        for count in range(1, 4 * model.window):
+            ids = list(range(3, 3 + count))
+            theirs = get_rolling_token_windows(ids, model._prefix()[0], model.window, 1)
+            assert list(model._parts(ids)) == [make_disjoint_window(pair) for pair in theirs]
+    model.window = len(tokens)
+    assert ask("loglikelihood_rolling", text) == pytest.approx(expected, abs=1e-4)
+    long, asked = "O " * 40, []
+    real = model.decoder.generate
+
+    def watched(prompt: Any, count: int, **more: Any) -> Any:
+        asked.append((len(prompt), count))
+        return real(prompt, count, **more)
+
+    model.window, model.decoder.generate = 16, watched  # type: ignore[method-assign]
+    ask("generate_until", long, {"until": ["\n"]})  # 256 tokens by default
+    assert asked == [(8, 8)], "half of the window is kept for the prompt"
+    model.window, model.decoder.generate = 1024, real  # type: ignore[method-assign]
     task = {
         "task": "local_lines", "dataset_path": "json", "output_type": "multiple_choice",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "lines.jsonl")}},
@@ -221,3 +270,22 @@ def test_the_harness_scores_an_artifact(bard: Path, tmp_path: Path) -> None:
         model=model, tasks=[ConfigurableTask(config=task)], bootstrap_iters=0
     )
     assert found["results"]["local_lines"]["acc,none"] == 1.0
+
+
+def test_the_harness_reads_no_more_than_the_position_table_holds(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """A window of 1024 ended every evaluation of a small GPT-2."""
+    pytest.importorskip("lm_eval")
+    from pfmc.evaluation.harness import ArtifactLM
+
+    path = ZOO / "gpt2__h_dyn.onnx"
+    if not path.is_file():
+        pytest.skip("needs the zoo beside the repository")
+    compile_model(
+        path, tmp_path / "g.pfm", target="rom", recipe="stream",
+        tokenizer=tiny.parent / "tokenizer.json",
+    )  # fmt: skip
+    model = ArtifactLM(str(tmp_path / "g.pfm"))
+    assert 16 <= model.window < 1024
+    assert model._rolling(" ".join(f"w{i % 90}" for i in range(1500))) < 0.0

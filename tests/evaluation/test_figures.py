@@ -72,3 +72,10 @@ def test_rank_figures_cover_the_truth() -> None:
     assert paired.low is not None
     assert paired.high is not None
     assert paired.high - paired.low < 0.5 * (found.high - found.low), "the same pairs on both sides"
+
+
+@pytest.mark.filterwarnings("error")
+def test_constant_scores_have_no_rank_and_no_interval() -> None:
+    found = rank_figure("rho", [np.arange(6.0)], np.ones(6))
+    assert math.isnan(found.value)
+    assert (found.low, found.high) == (None, None)

@@ -134,7 +134,8 @@ def _echo(
     (Lopez-Pastor and Marquardt, PRX 13, 031020, 2023)."""
     out = fields[-1]
     size = error.norm(dim=1, keepdim=True)
-    epsilon = stack.strength * out.abs().norm(dim=1, keepdim=True) / size.clamp(min=1e-30)
+    field = out.abs().norm(dim=1, keepdim=True).clamp(min=1e-12)  # a kick needs no light before it
+    epsilon = stack.strength * field / size.clamp(min=1e-30)
     kick = -1j * epsilon * error
     echoes = [stack.reversed((out + s * kick).conj(), masks) for s in (1.0, -1.0)]
     pairs = zip(echoes[0][0], echoes[1][0], strict=True)

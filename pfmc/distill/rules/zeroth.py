@@ -127,7 +127,9 @@ class Evolution(Rule):
 
 
 def _ranked(losses: Tensor) -> Tensor:
-    """Centred ranks in [-1/2, 1/2]; the highest loss gets 1/2."""
-    ranks = torch.empty_like(losses)
-    ranks[losses.argsort(stable=True)] = torch.arange(len(losses), dtype=losses.dtype)
+    """Centred ranks in [-1/2, 1/2]; the highest loss gets 1/2, equal losses get equal ranks."""
+    below, equal = (
+        (other(losses[None], losses[:, None])).sum(1).to(losses) for other in (torch.lt, torch.eq)
+    )
+    ranks = below + (equal - 1) / 2
     return ranks / max(len(losses) - 1, 1) - 0.5
