@@ -233,13 +233,10 @@ def rotation(
     """
     drawn = rng.integers(0, 2, width).astype(np.float64) * 2.0 - 1.0
     held: Doubles = drawn if signs is None else signs
-    small, doublings = block, 0
-    found = None if kind == "random" else hadamard(small)
-    if found is None:
-        factor, upper = np.linalg.qr(rng.normal(size=(block, block)))
-        return Rotation(held, factor * np.sign(np.diagonal(upper)), 0)
-    while small % 2 == 0 and hadamard(small // 2) is not None:
-        small, doublings = small // 2, doublings + 1
-    core = hadamard(small)
-    assert core is not None
-    return Rotation(held, core / np.sqrt(small), doublings)
+    most = (block & -block).bit_length() - 1
+    for doublings in () if kind == "random" else range(most, -1, -1):  # the smallest core there is
+        small = block >> doublings
+        if (core := hadamard(small)) is not None:
+            return Rotation(held, core / np.sqrt(small), doublings)
+    factor, upper = np.linalg.qr(rng.normal(size=(block, block)))
+    return Rotation(held, factor * np.sign(np.diagonal(upper)), 0)

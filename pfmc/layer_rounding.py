@@ -46,6 +46,12 @@ class Seen:
     samples: int = 0
 
     @property
+    def tells(self) -> bool:
+        """Whether some input was seen to be other than zero; else every rounding looks perfect."""
+        power = self.power if self.moment is None else np.diagonal(self.moment)
+        return power is not None and bool((power > 0).any())
+
+    @property
     def damping(self) -> float:
         """λ of `target`, as a share of the mean power of the rounded inputs."""
         if self.moment is None or not self.samples:
@@ -114,7 +120,8 @@ def round_layer(
         form: number format.
         group: inputs that share a scale; 0 for all. A format with blocks of its own overrides it.
         search: the strongest search to try.
-        seen: calibration; without it clipping is judged on the weights alone.
+        seen: calibration; without it, or of inputs that were all zero, clipping is judged on the
+            weights alone.
         progress: takes a line if something asked for cannot be done.
         spare: whether `weight`, float32, may be overwritten: large ones then need no copy.
 
@@ -124,7 +131,7 @@ def round_layer(
     Raises:
         InputError: the matrix holds NaN or infinity.
     """
-    seen = seen or Seen()
+    seen = seen if seen is not None and seen.tells else Seen()
     judge = _Judge(weight, seen)
     goal = judge.goal = seen.target(weight, spare)
     form = form.bound(goal)

@@ -72,7 +72,8 @@ def quantise(
 
     Returns:
         codes int8 ``[in, out]`` of the format and scales float32 ``[groups, out]``, all positive
-        (1 where every weight is zero).
+        (where every weight is zero 1, or the least that a format without a zero, or whose scales
+        do not hold 1, can store).
 
     Raises:
         InputError: the matrix holds NaN or infinity; names the index.
@@ -139,8 +140,9 @@ class _Group:
     def round(self, codes: Codes, search: bool) -> Floats:
         """Fills `codes`; returns the scale per output."""
         peak = self._peak()
-        self.step = np.where(peak > 0, np.maximum(self.form.plain(peak), _SMALLEST), 1.0)
-        self.step = self.step.astype(np.float32)
+        self.step = np.maximum(self.form.plain(peak), _SMALLEST)
+        if self.form.name != "midrise" and self.form.scales != "e4m3":
+            self.step = np.where(peak > 0, self.step, np.float32(1.0))
         if not search:
             self._fill(codes, self.step)
             return self.step

@@ -86,3 +86,14 @@ def test_unknown_formats_are_refused() -> None:
         formats.of("midrise", 8)
     with pytest.raises(UsageError, match="no power of two"):
         formats.of("mxfp4").scale_bytes(np.array([3.0], np.float32))
+
+
+@pytest.mark.parametrize("search", [True, False])
+def test_blocks_of_zeros_have_scales_that_can_be_stored(search: bool) -> None:
+    weight = np.random.default_rng(0).normal(0, 0.1, (64, 8)).astype(np.float32)
+    weight[16:32, 3] = 0.0
+    for name in ("mxint8", "mxfp4", "nvfp4"):
+        form = formats.of(name).bound(weight)
+        codes, scale = rounding.quantise(weight, form.bits, form.block, search=search, form=form)
+        assert not codes[16:32, 3].any()
+        np.testing.assert_array_equal(form.scale_of_bytes(form.scale_bytes(scale)), scale)

@@ -61,6 +61,17 @@ def test_a_hadamard_rotation_spreads_one_number_evenly(
     np.testing.assert_allclose(np.abs(turn.rows(one)), width**-0.5, rtol=1e-12)
 
 
+def test_only_the_core_of_a_wide_rotation_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole matrix of 11,008 numbers would take, and keep, a gigabyte."""
+    from pfmc import hadamard as room
+
+    made: list[int] = []
+    real = room.hadamard
+    monkeypatch.setattr(room, "hadamard", lambda order: made.append(order) or real(order))
+    rotation(11008, 11008, "hadamard", np.random.default_rng(0))
+    assert max(made) == 172
+
+
 def test_where_there_is_no_hadamard_matrix_the_rotation_is_random() -> None:
     turn = rotation(30, 30, "hadamard", np.random.default_rng(0))
     assert len(turn.core) == 30

@@ -65,3 +65,28 @@ def test_without_calibration_the_clip_search_stands() -> None:
     made = round_layer(weight, formats.of("int", 4), 0, "compensate")
     assert made.choice == "clip"
     assert not made.diagnostics
+
+
+@pytest.mark.parametrize("search", ["clip", "compensate"])
+def test_inputs_that_were_all_zero_tell_nothing(search: str) -> None:
+    """Experts without a row, inputs that calibration left at zero: plain is not "perfect"."""
+    weight = np.random.default_rng(2).standard_normal((64, 5)).astype(np.float32)
+    zero = np.zeros((64, 64))
+    truth = round_layer(weight, formats.of("int", 2), 0, search)  # type: ignore[arg-type]
+    for seen in (Seen(np.zeros(64)), Seen(np.zeros(64), zero), Seen(np.zeros(64), zero, zero)):
+        made = round_layer(weight, formats.of("int", 2), 0, search, seen)  # type: ignore[arg-type]
+        assert made.choice == "clip"
+        assert not made.diagnostics
+        np.testing.assert_array_equal(made.weights(), truth.weights())
+
+
+@pytest.mark.parametrize("search", ["plain", "clip", "compensate"])
+def test_dead_outputs_stay_dead_where_there_is_no_zero(search: str) -> None:
+    rng = np.random.default_rng(3)
+    x, weight = rng.standard_normal((200, 24)), rng.standard_normal((24, 4)).astype(np.float32)
+    weight[:, 1], weight[:8, 2] = 0.0, 0.0
+    seen = Seen((x**2).mean(axis=0), x.T @ x / len(x))
+    made = round_layer(weight, formats.of("midrise", 2), 8, search, seen)  # type: ignore[arg-type]
+    assert np.abs(x @ made.weights()[:, 1]).max() < 1e-30
+    if search != "compensate":  # which may let dead inputs make up for the others
+        assert np.abs(made.weights()[:8, 2]).max() < 1e-30

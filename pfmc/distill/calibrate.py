@@ -25,6 +25,7 @@ from pfmc.distill.feeds import (
     text_feeds,
 )
 from pfmc.distill.generate import Decoder
+from pfmc.distill.shapes import longest
 from pfmc.distill.student import Student
 from pfmc.distill.text import Tokenizer, load_tokenizer, self_generated, windows_of_file
 from pfmc.errors import InputError, UsageError
@@ -192,8 +193,7 @@ class Gatherer:
 
     def _rows(self, x: Tensor) -> Array:
         """The positions of ``x[..., D]`` that count, float32 ``[rows, D]``."""
-        if self.real is not None and x.shape[:-1] == self.real.shape:
-            x = x[self.real]
+        x = real_part(x, self.real)
         rows = x.detach().reshape(-1, x.shape[-1]).float().cpu().contiguous().numpy()
         return np.asarray(rows)
 
@@ -216,9 +216,7 @@ class Gatherer:
             owner: product / max(1, self.layers[owner].inputs.rows)
             for owner, product in self._products.items()
         }
-        return {
-            name: self.layers[name].statistics(means.get(self._owners[name])) for name in order
-        }
+        return {name: self.layers[name].statistics(means.get(self._owners[name])) for name in order}
 
 
 def calibrate(
@@ -251,6 +249,18 @@ def real_rows(feeds: Mapping[str, Array]) -> Tensor | None:
     """Where a batch's mask ``[B, S]`` says that there are tokens."""
     mask = mask_of(feeds)
     return None if mask is None else torch.from_numpy(mask != 0)
+
+
+def real_part(x: Tensor, real: Tensor | None) -> Tensor:
+    """The positions of ``x[..., D]`` where `real` ``[B, S]`` holds; all where it is None.
+
+    Graphs may lay positions one behind the other, ``[B * S, D]``; of other shapes all are taken.
+    """
+    if real is not None and x.shape[:-1] == real.shape:
+        return x[real]
+    if real is not None and x.dim() == 2 and len(x) == real.numel():
+        return x[real.reshape(-1)]
+    return x
 
 
 # -- choosing the data ---------------------------------------------------------------------------
@@ -304,8 +314,15 @@ def statistics_of(
     else:
         return _without_text(model, plan, tokenizer, text, seed, progress, moments)
     student.observe = gatherer = Gatherer(student, moments)
-    for start in range(0, len(ids), BATCH):
-        decoder.logits(ids[start : start + BATCH])
+    if decoder.drive.memories:
+        for start in range(0, len(ids), BATCH):
+            decoder.logits(ids[start : start + BATCH])
+        return gatherer.statistics()
+    for feeds in text_feeds(decoder.drive, ids):
+        held = feeds[decoder.drive.ids].shape
+        gatherer.real = torch.arange(held[1]).expand(held) < ids.shape[1]  # the rest is padding
+        with torch.inference_mode():
+            student(**feeds)
     return gatherer.statistics()
 
 
@@ -322,6 +339,9 @@ def feeds_of(
     """The data that `statistics_of` would calibrate on, as graph inputs; see there.
 
     With `inputs`, or with `text` of a language model, the model is not run, so no weight is read.
+
+    Raises:
+        UsageError: as there, and of a graph that takes one token a call: a sequence is many calls.
     """
     if inputs is not None:
         progress(f"calibrate: on {inputs.name}")
@@ -330,9 +350,16 @@ def feeds_of(
         lead = detect(model)
     except UsageError:  # an encoder or a vision model: driven by its inputs' types instead
         lead = None
+    if lead is not None and lead.memories and lead.length == 1:
+        raise UsageError(
+            "the graph takes one token a call, and this rounding needs whole sequences at once",
+            mend="export it with a free length, or ask for search=compensate, prefix=float, no "
+            "scaling and no budget",
+        )  # fmt: skip
     if text is not None:
         length = plan.length if lead is None or lead.length is None else lead.length
-        ids = _windows(text, tokenizer, min(plan.length, length), plan.sequences)
+        length = longest(model, min(plan.length, length))
+        ids = _windows(text, tokenizer, length, plan.sequences)
         progress(f"calibrate: on {len(ids)} windows of {text.name}")
         if lead is not None:
             return list(text_feeds(lead, ids))
@@ -458,6 +485,7 @@ def probe_batches(
     try:
         drive = detect(model)
     except UsageError:  # an encoder or a vision model
+        length = longest(model, length)
         ids = windows_of_file(text, tokenizer, length, count) if text and tokenizer else None
         progress("probe: " + (f"{len(ids)} windows" if ids is not None else _kind(model)))
         return list(batches(model, count, length, seed + _ASIDE, ids))

@@ -172,7 +172,8 @@ def batches_of_file(model: ir.Model, path: Path, count: int) -> Iterator[Feeds]:
     An array `LABELS` may stand beside them (see `labels_of_file`).
 
     Raises:
-        UsageError: an input is missing, unknown, or has another number of samples.
+        UsageError: an input is missing, unknown, of another shape than the graph's, holds tokens
+            that there are not, or has another number of samples; or they fill no batch.
         FileError: the file cannot be read.
     """
     arrays = _read_npz(path)
@@ -187,16 +188,42 @@ def batches_of_file(model: ir.Model, path: Path, count: int) -> Iterator[Feeds]:
     missing = [n for n in values if n not in arrays and "past" not in n]
     if missing:
         raise UsageError(f"the input {missing[0]!r} is missing", where=path.name)
+    for name, array in arrays.items():
+        _refuse_array(values[name], array, path)
     samples = min(len(a) for a in arrays.values())
     if any(len(a) != samples for a in arrays.values()):
         raise UsageError("the inputs differ in their number of samples", where=path.name)
     fixed = next((d for v in values.values() if isinstance(d := _dims(v)[0], int)), 0)
-    step = fixed or BATCH
+    if samples < max(fixed, 1):
+        raise UsageError(
+            f"{samples} samples, and one run of the model takes {max(fixed, 1)}", where=path.name,
+            mend="give more samples",
+        )  # fmt: skip
+    step, count = fixed or BATCH, max(count, fixed)
     for start in range(0, min(samples, count) - (fixed - 1 if fixed else 0), step):
         part = {n: a[start : min(start + step, count)] for n, a in arrays.items()}
         rows = len(next(iter(part.values())))
         empty = {n: _empty(v, rows) for n, v in values.items() if n not in part}
         yield {**part, **empty}
+
+
+def _refuse_array(value: ir.Value, array: Array, path: Path) -> None:
+    """Refuses an array that is no batch of graph input `value`."""
+    where, sizes = f"{path.name}: {value.name}", _dims(value)
+    pairs = list(zip(sizes, array.shape, strict=False))[1:]
+    wrong = any(isinstance(d, int) and d != n for d, n in pairs)
+    if wrong or array.ndim != len(sizes) or array.ndim == 0:
+        asked = [str(d or "?") for d in sizes]
+        raise UsageError(
+            f"an array of shape {list(array.shape)} for an input [{', '.join(asked)}]", where=where,
+            mend="give samples along the first axis",
+        )  # fmt: skip
+    known = vocabulary_of(value) if is_ids(value) else 0
+    if known > 2 and array.size and (array.min() < 0 or array.max() >= known):
+        raise UsageError(
+            f"tokens from {array.min()} to {array.max()}, and the model knows {known}", where=where,
+            mend="use the model's own tokenizer",
+        )  # fmt: skip
 
 
 def mask_of(feeds: Mapping[str, Array]) -> Array | None:
@@ -211,13 +238,15 @@ def labels_of_file(path: Path) -> npt.NDArray[np.int64] | None:
         FileError: the file cannot be read.
         InputError: the labels are not one whole number a sample.
     """
-    labels = _read_npz(path).get(LABELS)
+    arrays = _read_npz(path)
+    labels = arrays.pop(LABELS, None)
     if labels is None:
         return None
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
+    samples = next((len(a) for a in arrays.values() if a.ndim), 0)
+    if labels.shape != (samples,) or labels.dtype.kind not in "iu" or (labels < 0).any():
         raise InputError(
-            f"labels are {labels.dtype} of shape {list(labels.shape)}", where=str(path),
-            mend="give one class a sample, counted from 0",
+            f"labels are {labels.dtype} of shape {list(labels.shape)} for {samples} samples",
+            where=str(path), mend="give one class a sample, counted from 0",
         )  # fmt: skip
     return labels.astype(np.int64)
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pfmc import rounding
-from pfmc.distill.calibrate import MOMENT_WIDEST, InputSums, LayerSums, real_rows
+from pfmc.distill.calibrate import MOMENT_WIDEST, InputSums, LayerSums, real_part, real_rows
 from pfmc.distill.learned import LatentLinear, Learning, tune
 from pfmc.distill.lockstep import LARGEST_BLOCK, Block, Lockstep, call
+from pfmc.distill.program import Step
 from pfmc.errors import InputError
 from pfmc.hardware import LayerStatistics, QuantisedMatrix
-from pfmc.ir import stored
+from pfmc.ir import routing, stored
 from pfmc.layer_rounding import LayerPlan, Seen, round_layer
 
 _COLUMNS = 2048  # outputs summed at a time
@@ -114,6 +115,7 @@ class _Solver:
         feeds = list(batches)
         self.real = [real_rows(f) for f in feeds]
         self.lock = Lockstep(model, feeds)
+        self.routed = {name for names in routing.groups(model) for name in names}
         self.plan, self.keep, self.progress = plan, keep, progress
         self.statistics: dict[str, LayerStatistics] = {}
         self.shared: _Shared | None = None
@@ -150,7 +152,7 @@ class _Solver:
         weight, bias = _arrays(node)
         exact, rounded = self.lock.read(index, False), self.lock.read(index, True)
         plan = self.plan.of(step.linear)
-        self._look(step.inputs[0], exact, rounded, plan)
+        self._look(step, exact, rounded, plan)
         self._note(step.linear, exact, weight)
         self._write(index, exact, weight, bias, None, False)
         if plan is not None:
@@ -190,9 +192,14 @@ class _Solver:
             raise InputError(error.what, where=f"{name}, {error.where}", mend=error.mend) from error
 
     def _look(
-        self, slot: int, exact: list[Tensor], rounded: list[Tensor], plan: LayerPlan | None
+        self, step: Step, exact: list[Tensor], rounded: list[Tensor], plan: LayerPlan | None
     ) -> None:
-        """Sums over the input, unless the layer before read the same."""
+        """Sums over the input, unless the layer before read the same.
+
+        A router chooses in each stream for itself, so an expert's rows in one are not those in the
+        other, and their products mean nothing.
+        """
+        slot, paired = step.inputs[0], step.linear not in self.routed
         wanted = plan is not None and plan.search in ("compensate", "learned")
         wanted = wanted and exact[0].shape[-1] <= MOMENT_WIDEST
         known = self.shared
@@ -215,7 +222,7 @@ class _Solver:
             y = x_rounded if convert is None else convert(x_rounded)
             wide = self._rows(y, number).astype(np.float64)
             moment = _plus(moment, wide.T @ wide)
-            if self.plan.asymmetric and (self.moved or convert is not None):
+            if paired and self.plan.asymmetric and (self.moved or convert is not None):
                 cross = _plus(cross, wide.T @ x.astype(np.float64))
         count = max(1, sums.rows)
         seen = Seen(
@@ -243,9 +250,7 @@ class _Solver:
         self.converters[name] = self.plan.convert(self.statistics[name])
 
     def _rows(self, x: Tensor, batch: int) -> Array:
-        real = self.real[batch]
-        if real is not None and x.shape[:-1] == real.shape:
-            x = x[real]
+        x = real_part(x, self.real[batch])
         rows = x.reshape(-1, x.shape[-1]).float().contiguous().numpy()
         if not np.isfinite(rows).all():
             raise InputError(
@@ -267,7 +272,10 @@ class _Solver:
         steps = lock.program.steps[block.start : block.stop]
         held = [lock.constants(s) for s in steps]
         self._steps(block)
-        results = [s for s in block.results if isinstance(lock.streams.exact[0].get(s), Tensor)]
+        results = [s for s in block.results if _is_real(lock.streams.exact[0].get(s))]
+        if not results:  # an index of the largest, say: nothing to go down
+            self.progress(f"round: {block.linears[0]} …: gives no real numbers, so nothing learned")
+            return
         targets = [[_tensor(own[s]) for s in results] for own in lock.streams.exact]
         latents = {n: self._latent(n) for n in self.found if self._is_learned(n)}
         fixed = {n: self._fixed(n) for n in block.linears if n not in latents}
@@ -329,6 +337,10 @@ class _Fixed(nn.Module):
 def _weights(matrix: QuantisedMatrix) -> Array:
     """The dequantised matrix, one array in memory."""
     return rounding.dequantise(matrix.codes, matrix.scale, matrix.group)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _tensor(value: object) -> Tensor:

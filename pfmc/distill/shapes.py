@@ -72,6 +72,19 @@ def image_side(model: ir.Model) -> int:
     return int(_run(model, *_lengths(model, *PROBES[0]))[image].shape[-1])
 
 
+def longest(model: ir.Model, length: int) -> int:
+    """`length`, halved until the model's position tables hold it; as it is if nothing runs."""
+    tried = length
+    while tried > 1:
+        try:
+            _run(model, *_lengths(model, tried, 0))
+        except PfmcError:
+            tried //= 2
+        else:
+            return tried
+    return length
+
+
 def _lengths(model: ir.Model, positions: int, past: int) -> tuple[int, int]:
     """Positions and past of a run: the given ones, except where an input fixes its own."""
     memory = [v for v in model.graph.inputs if _is_memory(v)]

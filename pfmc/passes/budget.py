@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pfmc.errors import InfeasibleError
+from pfmc.errors import InfeasibleError, UsageError
 from pfmc.formats import Format
 from pfmc.hardware import LayerStatistics, Limits
 from pfmc.ir import vocabulary
@@ -81,9 +81,16 @@ def choose(
 
     Raises:
         InfeasibleError: even the narrowest widths exceed the limit; says what they take.
+        UsageError: no width lies within the target's and the budget's limits.
     """
     low, high = limits.weight_bits
     widths = range(max(low, budget.least_bits), min(high, budget.most_bits) + 1)
+    if not widths:
+        raise UsageError(
+            f"no width is within the budget's {budget.least_bits} to {budget.most_bits} bits and "
+            f"the target's {low} to {high}",
+            where="[quantise.budget]", mend="change least_bits or most_bits",
+        )  # fmt: skip
     harms = _harms(model, options, limits, budget, widths, feeds, progress)
     tables: dict[str, tuple[Option, ...]] = {}
     total = 0
@@ -91,35 +98,38 @@ def choose(
         name = str(node.name)
         inputs, outputs = _shape(node)
         total += inputs * outputs
-        made = []
+        made = {}
         for bits in widths:
             plan = options.with_bits({name: bits}).plan_of(name, limits)
             cost = price(budget.metric, inputs, outputs, plan.form, plan.group)
-            made.append(Option(bits, cost, harms[name][bits]))
-        tables[name] = tuple(made)
-    limit = budget.most * (total if budget.metric == "weight bits" else 1.0)
-    found = knapsack(tables, limit)
-    spent = sum(o.price for o in found.values())
+            width = plan.form.bits  # of a format that fixes it always the same
+            made[width] = Option(width, cost, harms[name][bits])
+        tables[name] = tuple(made.values())
     scale = total if budget.metric == "weight bits" else 1.0
+    found = knapsack(tables, budget.most * scale, scale)
+    spent = sum(o.price for o in found.values())
     return Chosen(
         {n: o.bits for n, o in found.items()}, tables, budget.metric, budget.most, spent / scale,
         sum(o.harm for o in found.values()),
     )  # fmt: skip
 
 
-def knapsack(tables: Mapping[str, tuple[Option, ...]], limit: float) -> dict[str, Option]:
+def knapsack(
+    tables: Mapping[str, tuple[Option, ...]], limit: float, unit: float = 1.0
+) -> dict[str, Option]:
     """One option of each layer with the least harm within `limit`; ties go to the earlier layer.
 
     Raises:
-        InfeasibleError: the cheapest options of all layers take more.
+        InfeasibleError: the cheapest options of all layers take more; speaks in units of `unit`.
     """
     hulls = {name: _hull(options) for name, options in tables.items()}
     place = dict.fromkeys(hulls, 0)
     spent = sum(hull[0].price for hull in hulls.values())
     if spent > limit * (1 + 1e-9):
         raise InfeasibleError(
-            f"the narrowest widths take {spent:.6g} of a budget of {limit:.6g}",
-            where="[quantise.budget]", mend=f"allow at least {spent:.6g}, or fewer least_bits",
+            f"the narrowest widths take {spent / unit:.6g} of a budget of {limit / unit:.6g}",
+            where="[quantise.budget]",
+            mend=f"allow at least {_above(spent / unit)}, or fewer least_bits",
         )  # fmt: skip
     while True:
         steps = [
@@ -134,6 +144,12 @@ def knapsack(tables: Mapping[str, tuple[Option, ...]], limit: float) -> dict[str
         hull, at = hulls[name], place[name]
         spent += hull[at + 1].price - hull[at].price
         place[name] += 1
+
+
+def _above(value: float) -> str:
+    """`value` in four digits, never less."""
+    text = f"{value:.4g}"
+    return text if float(text) >= value else f"{value * (1 + 1e-3):.4g}"
 
 
 def _slope(one: Option, other: Option) -> float:

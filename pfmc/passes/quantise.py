@@ -41,6 +41,7 @@ __all__ = [
 ]  # fmt: skip
 
 WIDEST = 8
+_NOTHING = 1e-6  # share of the largest input below which a percentile is that of zeros
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,13 @@ class Quantise(Pass):
         return token or self.inputs == "token"
 
     def range_of(self, seen: LayerStatistics, top: float) -> float:
-        """The range ±r of a static input converter."""
+        """The range ±r of a static input converter; the peak if a percentile lies among zeros."""
         if self.input_range == "mse":
             return rounding.best_range(seen.input_quantiles, seen.input_peak, top)
         if self.input_range == "percentile":
             chance = self.percentile / 100.0
-            return rounding.quantile(seen.input_quantiles, seen.input_peak, chance)
+            reach = rounding.quantile(seen.input_quantiles, seen.input_peak, chance)
+            return reach if reach > _NOTHING * seen.input_peak else seen.input_peak
         return seen.input_peak
 
     def plan_of(self, layer: str, limits: Limits) -> LayerPlan:

@@ -28,7 +28,9 @@ Bits = Literal["target"] | Annotated[int, Field(ge=2, le=8)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, str_strip_whitespace=True, allow_inf_nan=False
+    )
 
 
 class Calibration(_Section):
@@ -154,7 +156,8 @@ class Distilling(_Section):
         seconds: CPU seconds to spend; turned into steps by timing a few.
         steps: steps instead; the same number gives the same bytes.
         batch: samples a step; micro: of them at a time.
-        sequences: samples made up without data; length: positions of each.
+        sequences: samples to learn from, at most; so many are made up without data. length:
+            positions of each.
         held_out: samples kept for judging.
         lr: learning rate of weights. scale_lr: of scales, input steps and converter ranges, as a
             relative change. fabric_lr: of biases, norms and embedding tables.
@@ -162,7 +165,8 @@ class Distilling(_Section):
         gradient_norm: gradients are clipped to it; 0 never.
         clip_sigmas: weights are clipped to so many deviations of their tile's column; 0 never.
         hidden: weight of the errors of inner layers beside the loss.
-        converters_from: share of the steps after which output converters are emulated.
+        converters_from: share of the steps after which output converters are emulated; in the
+            last step they always are.
         noise: whether noise is drawn in training. dies: fixed dies that judge. die_steps: steps on
             one die. age_s: age of the dies.
         norms, tables, inputs: whether gains of norms, embedding tables, input steps learn.
@@ -251,6 +255,7 @@ _SECTIONS: dict[str, type[_Section]] = {
     "workload": Working,
 }
 _KEYS = ("title", "pass", *_SECTIONS)
+_NONE_IS_A_WORD = ("calibration.source", "quantise.budget.metric")  # elsewhere it means no value
 
 
 def default_recipe(kind: str) -> str:
@@ -290,7 +295,7 @@ def parse(
             f"a recipe has no key {unknown[0]!r}", where=where, mend=did_you_mean(unknown[0], _KEYS)
         )
     entries = [dict(e) for e in _entries(body.get("pass", []), where)]
-    sections = {k: dict(body.get(k, {})) for k in _SECTIONS}
+    sections = {k: dict(_table(body.get(k, {}), f"{where}: [{k}]")) for k in _SECTIONS}
     for setting in settings:
         _set(setting, entries, sections)
     return Recipe(
@@ -299,6 +304,16 @@ def parse(
         passes=tuple(_make_pass(e, where) for e in entries),
         **cast("dict[str, Any]", {k: _section(k, sections[k], where) for k in _SECTIONS}),
     )
+
+
+def _table(given: object, where: str) -> Mapping[str, Any]:
+    """`given`, which holds keys and values."""
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f"{given!r} has no keys below it", where=where,
+            mend="write section.key=value, or quantise.layers.<glob>.key=value for some layers",
+        )  # fmt: skip
+    return given
 
 
 def _entries(given: object, where: str) -> list[dict[str, Any]]:
@@ -331,11 +346,10 @@ def _set(setting: str, entries: list[dict[str, Any]], sections: dict[str, dict[s
         raise UsageError(
             f"{setting!r} is not a setting", where="--set", mend="write pass.option=value"
         )
-    value: object = None if text.strip() == "none" and owner in sections else text.strip()
-    if owner == "calibration" and option == "source":
-        value = text.strip()  # here "none" is a word
+    word = owner not in sections or f"{owner}.{option}" in _NONE_IS_A_WORD
+    value: object = None if text.strip() == "none" and not word else text.strip()
     if owner in sections:
-        _set_in(sections[owner], option, value)
+        _set_in(sections[owner], option, value, f"--set {setting}")
         return
     named = [e for e in entries if e["name"] == owner]
     if not named:
@@ -348,18 +362,18 @@ def _set(setting: str, entries: list[dict[str, Any]], sections: dict[str, dict[s
         entry[option] = value
 
 
-def _set_in(section: dict[str, Any], option: str, value: object) -> None:
+def _set_in(section: dict[str, Any], option: str, value: object, where: str) -> None:
     """``weight_bits`` or ``layers.<glob>.weight_bits``; the glob may hold dots."""
     first, dot, rest = option.partition(".")
     if not dot:
         section[option] = value
         return
     if first == "budget":
-        section[first] = {**dict(section.get(first, {})), rest: value}
+        section[first] = {**_table(section.get(first, {}), where), rest: value}
         return
     glob, _, last = rest.rpartition(".")
-    table = section[first] = dict(section.get(first, {}))
-    table[glob] = {**table.get(glob, {}), last: value}
+    table = section[first] = dict(_table(section.get(first, {}), where))
+    table[glob] = {**_table(table.get(glob, {}), where), last: value}
 
 
 def _section(key: str, given: Mapping[str, Any], where: str) -> _Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from pfmc import ingest
@@ -33,9 +35,9 @@ class Stub:
         self.linears = {"fc": layer}
 
 
-def linear_model(width: int = 5) -> ir.Model:
+def linear_model(width: int = 5, rows: int | str = "n") -> ir.Model:
     kind = ir.TensorType(ir.DataType.FLOAT)
-    x = ir.Value(name="x", shape=ir.Shape(["n", width]), type=kind)
+    x = ir.Value(name="x", shape=ir.Shape([rows, width]), type=kind)
     arrays = {"w": np.arange(width * 3, dtype=np.float32).reshape(width, 3), "b": np.ones(3, "f")}
     values = [
         ir.Value(name=n, shape=ir.Shape(a.shape), type=kind, const_value=ir.tensor(a, name=n))
@@ -114,6 +116,41 @@ def test_a_file_of_inputs(tmp_path: Path) -> None:
         calibrate.statistics_of(model, Plan(), inputs=path)
 
 
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((3, 5), "f"), "one run of the model takes 4"),
+        (np.zeros((0, 5), "f"), "0 samples"),
+        (np.float32(1.0), "shape [] for an input [4, 5]"),
+        (np.zeros((4, 6), "f"), "shape [4, 6] for an input [4, 5]"),
+        (np.zeros((4, 5, 1), "f"), "shape [4, 5, 1]"),
+    ],
+)
+def test_a_file_that_fills_no_batch_is_refused(
+    tmp_path: Path, array: np.ndarray, says: str
+) -> None:
+    np.savez(tmp_path / "data.npz", x=array)
+    with pytest.raises(UsageError) as caught:
+        list(feeds.batches_of_file(linear_model(rows=4), tmp_path / "data.npz", 100))
+    assert says in str(caught.value)
+
+
+def test_one_run_is_the_least_that_a_file_gives(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((9, 5), "f"))
+    for rows, count, sizes in ((4, 2, [4]), (4, 9, [4, 4]), ("n", 2, [2]), ("n", 9, [8, 1])):
+        made = feeds.batches_of_file(linear_model(rows=rows), tmp_path / "data.npz", count)
+        assert [len(f["x"]) for f in made] == sizes
+
+
+def test_tokens_that_there_are_not_are_refused(
+    tmp_path: Path, canonical_llama: Callable[..., ir.Model]
+) -> None:
+    for bad in (32, -1):
+        np.savez(tmp_path / "data.npz", input_ids=np.array([[0, 31], [1, bad]]))
+        with pytest.raises(UsageError, match="the model knows 32"):
+            list(feeds.batches_of_file(canonical_llama(), tmp_path / "data.npz", 4))
+
+
 def test_no_calibration_asked_for() -> None:
     assert calibrate.statistics_of(linear_model(), Plan(source="none")) == {}
 
@@ -171,3 +208,62 @@ def test_a_language_model_calibrates_on_its_own_text(stories: Path) -> None:
     text = stories / "README.md"
     real = calibrate.statistics_of(model, Plan(sequences=2), tokenizer=tokenizer, text=text)
     assert all(s.samples == 32 for s in real.values())
+
+
+# -- how long, and which positions count -----------------------------------------------------------
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> tuple[Path, Path]:
+    """A text of few words and a tokenizer that knows them."""
+    text, known = "to be or not to be that is the question " * 60, tmp_path / "tokenizer.json"
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(sorted(set(text.split())))}))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.save(str(known))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    return tmp_path / "text.txt", known
+
+
+def test_padding_of_a_fixed_window_is_not_counted(canonical_llama: Callable[..., ir.Model]) -> None:
+    free, fixed = (canonical_llama(length=n) for n in ("seq", 12))
+    plan = Plan(length=5)
+    truth, found = (calibrate.statistics_of(m, plan, seed=3) for m in (free, fixed))
+    for name, one in truth.items():
+        assert found[name].samples == one.samples == 4 * 5
+        np.testing.assert_allclose(found[name].input_power, one.input_power, rtol=1e-4)
+        assert found[name].input_peak == pytest.approx(one.input_peak, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4)])
+def test_padding_does_not_count_in_either_layout(shape: tuple[int, ...]) -> None:
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    x = torch.arange(24.0).reshape(shape)
+    np.testing.assert_array_equal(calibrate.real_part(x, real)[:, 0], [0, 4, 12])
+    np.testing.assert_array_equal(calibrate.real_part(x, None), x)
+
+
+def test_windows_of_text_are_as_long_as_the_tables_hold(
+    canonical_llama: Callable[..., ir.Model], words: tuple[Path, Path]
+) -> None:
+    text, tokenizer = words
+    made = calibrate.feeds_of(
+        canonical_llama(), Plan(sequences=2, length=128), text=text, tokenizer=tokenizer
+    )
+    assert [f["input_ids"].shape for f in made] == [(2, 64)]
+
+
+def test_probes_of_an_encoder_are_as_long_as_its_tables_hold(
+    zoo: Path, words: tuple[Path, Path]
+) -> None:
+    from pfmc.distill.text import load_tokenizer
+
+    model, (text, path) = ingest.load(zoo / "bert__t_dyn.onnx").model, words
+    for more in ({}, {"text": text}):
+        made = calibrate.probe_batches(model, load_tokenizer(path), count=2, length=128, **more)
+        assert made[0]["input_ids"].shape == (2, 64)
+
+
+def test_a_graph_of_one_token_a_call_has_no_sequences(zoo: Path) -> None:
+    model = ingest.load(zoo / "gpt2__t_kv.onnx").model
+    with pytest.raises(UsageError, match="one token a call"):
+        calibrate.feeds_of(model, Plan())

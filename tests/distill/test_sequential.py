@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
-from pfmc import formats
+from pfmc import formats, ingest
 from pfmc.distill import calibrate, sequential
 from pfmc.distill.learned import LatentLinear, Learning, torch_codes
 from pfmc.distill.lockstep import Lockstep
@@ -17,7 +19,9 @@ from pfmc.distill.sequential import Order, solve
 from pfmc.distill.student import IdealLinear, Student
 from pfmc.errors import UsageError
 from pfmc.hardware import LayerStatistics, QuantisedMatrix
+from pfmc.ir import routing
 from pfmc.layer_rounding import LayerPlan
+from pfmc.passes import pipeline, recipe
 
 Make = Callable[..., ir.Model]
 
@@ -149,3 +153,58 @@ def test_a_latent_starts_at_the_codes_it_was_given() -> None:
     found, same = module.result()
     np.testing.assert_array_equal(found, codes)
     np.testing.assert_allclose(same, scale)
+
+
+def test_a_block_that_gives_no_real_numbers_is_not_learned() -> None:
+    """The index of the largest score, say: rounding stays what the layer-wise search found."""
+    kind, rng = ir.TensorType(ir.DataType.FLOAT), np.random.default_rng(0)
+    x = ir.Value(name="x", shape=ir.Shape(["n", 16]), type=kind)
+    arrays = {"w": rng.standard_normal((16, 6)).astype("f"), "b": np.zeros(6, "f")}
+    constants = [
+        ir.Value(name=n, shape=ir.Shape(a.shape), type=kind, const_value=ir.tensor(a, name=n))
+        for n, a in arrays.items()
+    ]
+    fc = ir.node("FixedLinear", [x, *constants], domain="pfmc", name="fc")
+    largest = ir.node("ArgMax", fc.outputs, {"axis": -1})
+    graph = ir.Graph(
+        [x], largest.outputs, nodes=[fc, largest], initializers=constants,
+        opset_imports={"": 24}, name="g",
+    )  # fmt: skip
+    fc.outputs[0].name, largest.outputs[0].name = "scores", "y"
+    feeds = [{"x": rng.standard_normal((8, 16)).astype(np.float32)} for _ in range(3)]
+    made: dict[str, dict[str, QuantisedMatrix]] = {"compensate": {}, "learned": {}}
+    for search, found in made.items():
+        order = Order(
+            lambda _, s=search: LayerPlan(formats.of("int", 2), 0, s),  # type: ignore[misc]
+            lambda _: None,
+        )
+        solve(ir.Model(graph, ir_version=11), feeds, order, found.__setitem__)
+    assert made["learned"]["fc"].choice == made["compensate"]["fc"].choice
+    np.testing.assert_array_equal(made["learned"]["fc"].codes, made["compensate"]["fc"].codes)
+
+
+@pytest.mark.parametrize("search", ["compensate", "learned"])
+def test_experts_make_up_for_nothing_before_their_router(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, search: str
+) -> None:
+    """The routers of both streams choose other rows, so there are no pairs of rows to compare."""
+    base = ingest.load(zoo / "mixtral__h_dyn.onnx").model
+    model = pipeline.canonicalise(base, recipe.load("rom").passes).model
+    experts = {name for names in routing.groups(model) for name in names}
+    assert len(experts) > 12
+    crossed: dict[str, bool] = {}
+    real = sequential._Solver._solved
+
+    def noted(self: Any, name: str, *rest: Any, **more: Any) -> QuantisedMatrix:
+        crossed[name] = self.shared.seen.cross is not None
+        return real(self, name, *rest, **more)
+
+    monkeypatch.setattr(sequential._Solver, "_solved", noted)
+    found: dict[str, QuantisedMatrix] = {}
+    order = Order(
+        lambda _: LayerPlan(formats.of("ternary"), 0, search),  # type: ignore[arg-type]
+        lambda _: sequential.token_converter(127.0), Learning(iterations=3),
+    )  # fmt: skip
+    solve(model, list(calibrate.batches(model, 4, 24, 1)), order, found.__setitem__)
+    assert set(found) == set(crossed)
+    assert {name for name, is_crossed in crossed.items() if not is_crossed} == experts

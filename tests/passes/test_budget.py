@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pfmc.errors import InfeasibleError
-from pfmc.passes.budget import Option, knapsack
+from pfmc import formats
+from pfmc.errors import InfeasibleError, UsageError
+from pfmc.formats import Format
+from pfmc.hardware import Limits
+from pfmc.ir import vocabulary
+from pfmc.passes.budget import Chosen, Option, choose, knapsack
+from pfmc.passes.quantise import Quantise
+from pfmc.passes.recipe import Budget
 
 tables = st.lists(
     st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=4),
@@ -46,3 +54,53 @@ def test_harm_decides_who_gets_the_bits() -> None:
     }
     assert {n: o.bits for n, o in knapsack(table, 6).items()} == {"sturdy": 2, "tender": 4}
     assert {n: o.bits for n, o in knapsack(table, 8).items()} == {"sturdy": 4, "tender": 4}
+
+
+LIMITS = Limits((2, 8), 8, 0, 64, 64, False, formats=formats.NAMES)
+
+
+def one_layer() -> ir.Model:
+    """A fixed linear of 64 inputs and 4 outputs."""
+    kind, rng = ir.TensorType(ir.DataType.FLOAT), np.random.default_rng(0)
+    x = ir.Value(name="x", shape=ir.Shape(["n", 64]), type=kind)
+    arrays = {"w": rng.standard_normal((64, 4)).astype("f"), "b": np.zeros(4, "f")}
+    constants = [
+        ir.Value(name=n, shape=ir.Shape(a.shape), type=kind, const_value=ir.tensor(a, name=n))
+        for n, a in arrays.items()
+    ]
+    node = ir.node("FixedLinear", [x, *constants], domain=vocabulary.DOMAIN, name="fc")
+    node.outputs[0].name, node.outputs[0].type = "y", kind
+    graph = ir.Graph(
+        [x], node.outputs, nodes=[node], initializers=constants, opset_imports={"": 24}, name="g"
+    )
+    return ir.Model(graph, ir_version=11)
+
+
+def chosen(options: Quantise, **budget: object) -> Chosen:
+    feeds = [{"x": np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)}]
+
+    def price(_: str, inputs: int, outputs: int, form: Format, group: int) -> float:
+        return inputs * outputs * form.weight_bits(inputs, group)
+
+    asked = Budget.model_validate({"metric": "weight bits", "sensitivity": "error", **budget})
+    return choose(one_layer(), options, LIMITS, asked, price, feeds)
+
+
+def test_what_is_too_little_is_said_in_the_unit_that_was_asked_in() -> None:
+    with pytest.raises(InfeasibleError) as caught:
+        chosen(Quantise(), most=1.5, least_bits=3)
+    assert "take 3 of a budget of 1.5" in caught.value.what
+    assert "at least 3," in caught.value.mend
+    assert chosen(Quantise(), most=3, least_bits=3).bits == {"fc": 3}
+
+
+def test_no_width_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="6 to 4 bits and the target's 2 to 8"):
+        chosen(Quantise(), most=5, least_bits=6, most_bits=4)
+
+
+def test_a_format_that_fixes_its_bits_is_told_with_them() -> None:
+    found = chosen(Quantise(format="mxfp4"), most=5)
+    assert found.bits == {"fc": 4}
+    assert [o.bits for o in found.options["fc"]] == [4]
+    assert found.spent == pytest.approx(4.25)

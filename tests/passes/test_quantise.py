@@ -169,6 +169,16 @@ def test_what_a_target_cannot_do_is_refused_with_the_nearest() -> None:
         pipeline.run(two_layers(), [Quantise()], Context(limits=LIMITS))
 
 
+def test_a_percentile_among_zeros_is_no_range() -> None:
+    """Of inputs behind a ReLU most are zero: a range of nothing would clip all the others away."""
+    x = np.maximum(np.random.default_rng(0).standard_normal((4000, 24)) - 2.0, 0.0)
+    sums = calibrate.InputSums.of(x.astype(np.float32))
+    sparse = dataclasses.replace(seen(), input_peak=sums.peak, input_quantiles=sums.quantiles())
+    for percentile, low, high in ((90, sums.peak, sums.peak), (99.9, 0.5, 0.9 * sums.peak)):
+        options = Quantise(input_range="percentile", percentile=percentile)
+        assert low <= options.range_of(sparse, 127.0) <= high
+
+
 def test_a_weight_that_is_no_number_is_named() -> None:
     weight = np.zeros((24, 6), np.float32)
     weight[11, 4] = np.nan

@@ -63,6 +63,9 @@ def test_settings_are_typed() -> None:
         ("quantise.layers.lm_head.weight_bit=3", "did you mean 'weight_bits'?"),
         ("quantise.granularity=tiles", "'tiles' is not"),
         ("calibration.sequences=0", "greater than or equal to 1"),
+        ("quantise.weight_bits.lm_head=8", "layers.<glob>.key=value"),
+        ("quantise.search.lm_head=plain", "no keys below it"),
+        ("calibration.length.most=8", "no keys below it"),
         ("weight_bits=3", "pass.option=value"),
         ("quantise.weight_bits", "pass.option=value"),
     ],
@@ -78,17 +81,27 @@ def test_wrong_settings_say_what_was_meant(setting: str, says: str) -> None:
     ("body", "says"),
     [
         ({"quantize": {}}, "did you mean 'quantise'?"),
+        ({"quantise": 4}, "no keys below it"),
+        ({"calibration": [{}]}, "no keys below it"),
         ({"pass": [{"name": "fol"}]}, "did you mean 'fold'?"),
         ({"pass": [{"name": "fold", "larges": 1}]}, "did you mean 'largest'?"),
         ({"pass": [{"name": "quantise"}]}, "[quantise] section"),
         ({"pass": ["fold"]}, "[[pass]]"),
         ({"verify": {"top1": 2.0}}, "less than or equal to 1"),
+        ({"distill": {"lr": float("inf")}}, "finite number"),
+        ({"distill": {"clip_sigmas": float("nan")}}, "finite number"),
     ],
 )
 def test_wrong_recipes(body: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError) as caught:
         recipe.parse(body, "mine", "mine.toml")
     assert says in str(caught.value)
+
+
+def test_none_is_a_word_where_it_is_a_value() -> None:
+    found = recipe.load("rom", ["quantise.budget.metric=none", "calibration.source=none"])
+    assert found.quantise.budget.metric == "none"
+    assert found.calibration.source == "none"
 
 
 def test_the_canonical_form_reads_back_to_the_same_recipe() -> None:
