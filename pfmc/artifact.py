@@ -19,9 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pfmc.errors import CorruptError, FileError, LockedError, UsageError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 SCHEMA_VERSION: Final = 1
 MANIFEST: Final = "pfm.json"
@@ -81,6 +84,24 @@ def _file_error(error: OSError, path: Path) -> FileError:
         f"cannot write: {error.strerror or error}", where=str(error.filename or path),
         mend=mends.get(error.errno or 0, "run the same command again: it resumes"),
     )  # fmt: skip
+
+
+def save_tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]], told: str) -> None:
+    """Writes arrays and one line about them, the metadata key ``pfmc``, as safetensors.
+
+    Raises:
+        FileError: the disk is full, or refuses.
+    """
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with _io(path):
+        try:
+            save_file(held, path, metadata={"pfmc": told})
+        except SafetensorError as error:  # tells of a full disk in words alone
+            raise OSError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -69,6 +70,10 @@ class Choices:
     force: bool = False
     threads: int = 1
 
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise UsageError(f"{self.seconds} seconds are no amount of training", mend="e.g. 300")
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -101,6 +106,7 @@ def distil_model(
         PfmcError: with an exit code.
     """
     choices, began = choices or Choices(), time.process_time()
+    _require_device(choices.device)
     torch.set_num_threads(choices.threads)
     keep_freed_memory()
     processes = Processes.join(choices.device)
@@ -112,6 +118,15 @@ def distil_model(
         return Distillation(run.folder, manifest, cpu_s=time.process_time() - began)
     finally:
         processes.leave()
+
+
+def _require_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # no such word; torch built without it
+        raise UsageError(
+            f"torch cannot run on {name!r} here", where="--device", mend="--device cpu"
+        ) from error
 
 
 def keep_freed_memory() -> None:
@@ -171,6 +186,7 @@ class Run:
         return {
             "pfmc": pfmc.__version__, "origin": self.prepared.origin,
             "course": asdict(self.asked), "rule": self._told(),
+            "calibration": self.prepared.plan.canonical()["calibration"],
             "data": {k: None if p is None else sha256_given(p) for k, p in held.items()},
         }  # fmt: skip
 
@@ -195,7 +211,7 @@ class Run:
                 "a distillation of another model, recipe or course is here", where=str(self.folder),
                 mend="give another folder with -o, or --force",
             )  # fmt: skip
-        (self.folder / distilled.MANIFEST).unlink()
+        (self.folder / distilled.MANIFEST).unlink(missing_ok=True)
         (self.folder / checkpoint.FILE).unlink(missing_ok=True)
         return None
 
@@ -208,7 +224,7 @@ class Run:
         if self.choices.force:
             path.unlink(missing_ok=True)
         planned = checkpoint.steps_of(path, self.key) or self.course.steps
-        spent = time.process_time() - self.began
+        spent = self.processes.mean(time.process_time() - self.began)
         training.steps = planned or steps_for(training, max(1.0, self.course.seconds - spent))
         self.processes.shard(training.trainee.student)
         training.restart()
@@ -294,12 +310,14 @@ class Run:
         with checkpoint.held_back() as stop:
             for _ in training.run(self._tell):
                 now = time.process_time()
-                if training.step % self.course.die_steps:
+                if training.step % self.course.die_steps and training.step < training.steps:
                     continue  # a die's errors are not saved: the next step needs them
-                if stop.signal is not None or now - saved > SAVE_EVERY_S:
+                told, waited = self.processes.greatest(stop.signal or 0, now - saved)
+                if told or waited > SAVE_EVERY_S:  # all of them together, or none
                     checkpoint.save(path, training, self.key)
                     saved = now
-                if stop.signal is not None:
+                if told:
+                    stop.signal = int(told)
                     break
 
     def _tell(self, training: Training, figures: Figures) -> None:

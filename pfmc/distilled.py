@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pfmc.artifact import canonical_json, file_name, sha256_file
+from pfmc.artifact import canonical_json, file_name, save_tensors, sha256_file
 from pfmc.errors import CorruptError, UsageError
 from pfmc.hardware import FixedLinear, LayerStatistics, QuantisedMatrix
 from pfmc.ir import vocabulary
@@ -73,19 +73,20 @@ class Distilled:
 
 
 def write(folder: Path, made: Distilled) -> None:
-    """Writes layers and fabric, then the manifest with their digests."""
-    from safetensors.numpy import save_file
+    """Writes layers and fabric, then the manifest with their digests.
 
+    Raises:
+        FileError: the disk is full, or refuses.
+    """
     (folder / "layers").mkdir(parents=True, exist_ok=True)
+    files = [folder / FABRIC]
     for name, record in made.records.items():
-        told = json.dumps(_plain(record), sort_keys=True)
-        save_file(_arrays(record), _layer_path(folder, name), metadata={"pfmc": told})
-    fabric = {k: np.ascontiguousarray(v) for k, v in sorted(made.fabric.items())}
-    save_file(fabric, folder / FABRIC, metadata={"pfmc": "fabric"})
-    files = sorted(p for p in (*folder.glob("layers/*.safetensors"), folder / FABRIC))
+        files.append(_layer_path(folder, name))
+        save_tensors(files[-1], _arrays(record), json.dumps(_plain(record), sort_keys=True))
+    save_tensors(folder / FABRIC, dict(sorted(made.fabric.items())), "fabric")
     body = {
         **made.manifest, "schema_version": SCHEMA_VERSION, "layers": list(made.records),
-        "files": {p.relative_to(folder).as_posix(): sha256_file(p) for p in files},
+        "files": {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(files)},
     }  # fmt: skip
     (folder / MANIFEST).write_bytes(canonical_json(body))
 
@@ -119,7 +120,7 @@ def _arrays(record: FixedLinear) -> dict[str, Array]:
             "input_quantiles": np.array(quantiles, np.float64).reshape(-1, 2),
             "input_peak": np.array([seen.input_peak]), "samples": np.array([seen.samples]),
         }  # fmt: skip
-    return {k: np.ascontiguousarray(v) for k, v in found.items()}
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

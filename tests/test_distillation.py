@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import pytest
 import torch
 
 from pfmc import distillation, distilled, simulate
-from pfmc.compile import Options, compile_model
+from pfmc.compile import Options, compile_model, prepare
 from pfmc.distill import checkpoint, train
+from pfmc.distill.student import Student
+from pfmc.distill.trainee import build
 from pfmc.distillation import Choices, Distillation, distil_model
-from pfmc.errors import CorruptError, InputError, UsageError
-from pfmc.passes.records import linear_records
+from pfmc.errors import CorruptError, FileError, InputError, UsageError
+from pfmc.hardware import LayerStatistics
+from pfmc.passes.records import linear_record, linear_records, quantised_linears
 from pfmc.targets.base import Die
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,6 +273,8 @@ def test_finished_is_finished_and_another_is_refused(tiny: Path, rom: Path, tmp_
     assert again.ready
     with pytest.raises(UsageError, match="another model, recipe or course"):
         distil(tiny, folder, steps=25)
+    with pytest.raises(UsageError, match="another model, recipe or course"):
+        distil(tiny, folder, steps=24, settings=(*THREE, "calibration.sequences=3"))
     assert not distil(tiny, folder, steps=4, choices={"force": True}).ready
 
 
@@ -281,7 +287,7 @@ def test_seconds_become_steps(tiny: Path, tmp_path: Path) -> None:
 # -- bad input -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["rom", "crossbar"])
+@pytest.mark.parametrize("target", ["rom", "crossbar", "optical"])
 def test_timing_steps_takes_them_back(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
@@ -305,9 +311,98 @@ def test_timing_steps_takes_them_back(
     assert advanced[-8:] == list(range(8))
     assert len(advanced) > 8
     assert timed.manifest["best"] == asked.manifest["best"]
+    told = [(tmp_path / name / distilled.HISTORY).read_text() for name in ("asked", "timed")]
+    assert told[0] == told[1]
     held = [files(tmp_path / name) for name in ("asked", "timed")]
     layers = [{k: v for k, v in each.items() if k.endswith(".safetensors")} for each in held]
     assert layers[0] == layers[1] != {}
+
+
+def test_a_training_that_gave_up_is_not_carried_on(tiny: Path, tmp_path: Path) -> None:
+    more = "distill.judge_every=1", "distill.patience=2", "distill.lr=0", "distill.scale_lr=3"
+    settings = (*THREE, *more, "distill.fabric_lr=0")
+    whole = distil(tiny, tmp_path / "whole", settings=settings)
+    last = whole.manifest["steps"]
+    assert last < 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Training, "run", interrupt_after(last))
+        with pytest.raises(KeyboardInterrupt):
+            distil(tiny, tmp_path / "broken", settings=settings)
+    assert distil(tiny, tmp_path / "broken", settings=settings).manifest["steps"] == last
+
+
+def test_padding_is_no_statistic(tmp_path: Path) -> None:
+    model = ROOT.parent / "shared" / "zoo" / "bert__t_dyn.onnx"
+    if not model.is_file():
+        pytest.skip("the zoo of tiny models is absent")
+    ids = np.random.default_rng(0).integers(3, 100, (24, 20))
+    mask = (np.arange(20) < np.arange(1, 25)[:, None] % 19 + 1).astype(np.int64)
+    held = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids}
+    np.savez(tmp_path / "x.npz", **held)
+    settings = (*SHORT, "quantise.weight_bits=2", "distill.micro=5", "quantise.search=plain")
+    done = distil(
+        model, tmp_path / "d", "crossbar", settings=settings, inputs=tmp_path / "x.npz", steps=12
+    )
+    assert done.manifest["kept"] == "the distilled"
+    first = next(iter(distilled.read(tmp_path / "d").records.values()))
+    assert first.statistics is not None
+    assert first.statistics.samples == mask[:20].sum()
+
+
+def test_errors_of_experts_are_not_compared(tmp_path: Path) -> None:
+    """Two routers that differ send an expert different rows."""
+    model = ROOT.parent / "shared" / "zoo" / "mixtral__h_dyn.onnx"
+    if not model.is_file():
+        pytest.skip("the zoo of tiny models is absent")
+    settings = (*THREE, "quantise.weight_bits=2", "distill.hidden=1")
+    assert distil(model, tmp_path / "d", settings=settings, steps=4).manifest["steps"] == 4
+
+
+def test_an_expert_without_rows_keeps_its_statistics(tiny: Path) -> None:
+    options = Options(target="rom", settings=THREE)
+    model = prepare(tiny, options)
+    float_model, copy = Student(model.teacher), model.model
+    records = {str(n.name): linear_record(n, None) for n in quantised_linears(copy)}
+    known = LayerStatistics(1.0, {}, np.ones(1), np.ones(1), np.ones(1), 7)
+    records = {n: replace(r, statistics=known) for n, r in records.items()}
+    weights: Any = {n: m.weight for n, m in float_model.linears.items()}
+    trainee = build(copy, records, weights, lambda r: model.target.twin(r, model.tech))
+    empty = dict.fromkeys(records, replace(known, samples=0))
+    state = {n: p.detach() for n, p in trainee.student.named_parameters()}
+    assert all(r.statistics is known for r in trainee.settle(state, empty).values())
+
+
+@pytest.mark.parametrize("seconds", [0.0, float("inf"), float("nan")])
+def test_an_endless_time_is_refused(seconds: float) -> None:
+    with pytest.raises(UsageError, match="no amount of training"):
+        Choices(seconds=seconds)
+
+
+def test_a_device_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="torch cannot run on 'banana'"):
+        distil(tmp_path / "absent.onnx", tmp_path / "d", choices={"device": "banana"})
+
+
+@pytest.mark.parametrize(
+    ("room", "every", "what"),
+    [(1000, 0.0, "corpus"), (20_000, 0.0, "checkpoint"), (8000, 1e9, "layers")],
+)
+def test_a_full_disk_is_said(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, every: float, what: str
+) -> None:
+    """No file may grow beyond `room`; what was saved before stays."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(distillation, "SAVE_EVERY_S", every)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(FileError, match="cannot (be written|write)") as caught:
+            distil(tiny, tmp_path / "d")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert what in caught.value.where
+    assert not list((tmp_path / "d").glob("*.part"))
+    assert distil(tiny, tmp_path / "d").manifest["steps"] == 12
 
 
 def test_a_short_text_is_refused(tiny: Path, tmp_path: Path) -> None:

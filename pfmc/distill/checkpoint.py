@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pfmc.distill.train import Training, load_state
-from pfmc.errors import CorruptError, UsageError
+from pfmc.errors import CorruptError, FileError, UsageError
 
 FILE = "checkpoint.pt"
 
@@ -26,6 +26,9 @@ def save(path: Path, training: Training, key: str) -> None:
         path: the file, replaced at once.
         training: between two steps.
         key: digest of what is trained on what, checked when it is loaded.
+
+    Raises:
+        FileError: the disk is full.
     """
     state = {
         "key": key, "step": training.step, "steps": training.steps,
@@ -38,7 +41,14 @@ def save(path: Path, training: Training, key: str) -> None:
     if training.processes.rank:
         return
     part = path.with_suffix(".part")
-    torch.save(state, part)
+    try:
+        torch.save(state, part)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
+        part.unlink(missing_ok=True)
+        raise FileError(
+            "the checkpoint cannot be written", where=str(path),
+            mend="make room on the disk; the same command goes on from the checkpoint before",
+        ) from error  # fmt: skip
     part.replace(path)
 
 

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
+from pfmc.artifact import save_tensors
 from pfmc.distill.calibrate import fitting_length, is_causal
 from pfmc.distill.course import Course
 from pfmc.distill.drive import Drive, detect, size_of
 from pfmc.distill.feeds import batches, batches_of_file, is_ids
 from pfmc.distill.generate import Decoder
-from pfmc.distill.lessons import Language, Lesson, Vectors, outputs_that_count
+from pfmc.distill.lessons import Language, Lesson, Vectors, outputs_that_count, side
+from pfmc.distill.seq2seq import is_pair
 from pfmc.distill.student import Student
 from pfmc.distill.text import Tokenizer, load_tokenizer, windows_of_file
 from pfmc.errors import InputError, UsageError
@@ -31,6 +34,7 @@ Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
 
 FILE = "corpus.safetensors"
+_SHORTEST = 2  # positions of a sample
 _GENERATED = 256  # windows that the teacher writes at the same time
 
 
@@ -61,7 +65,7 @@ def lesson_of(
     try:
         drive = detect(teacher.model)
     except UsageError:
-        return _encoder(teacher.model, course, read, text, progress, multiple)
+        return _encoder(teacher, course, read, text, progress, multiple)
     _require_match(read, drive, tokenizer)
     store = _Store(folder, key)
     return _language(teacher, drive, course, read, text, store, progress, multiple)
@@ -90,7 +94,6 @@ class _Store:
         if self.path is None:
             return make()
         from safetensors import SafetensorError, safe_open
-        from safetensors.numpy import save_file
 
         if self.path.is_file():
             try:
@@ -100,7 +103,7 @@ class _Store:
             except (SafetensorError, OSError):  # cut off in the middle of writing: made again
                 self.path.unlink()
         ids = make()
-        save_file({"ids": ids.astype(np.int32)}, self.path, metadata={"pfmc": wanted})
+        save_tensors(self.path, {"ids": ids.astype(np.int32)}, wanted)
         return ids
 
 
@@ -109,14 +112,16 @@ def _language(
     text: Path | None, store: _Store, progress: Progress, multiple: int,
 ) -> Language:  # fmt: skip
     decoder = Decoder(teacher, tokenizer)
-    length = fitting_length(decoder, course.length)
+    length = fitting_length(decoder, min(course.length, drive.length or course.length))
+    if length < _SHORTEST:
+        raise UsageError(
+            f"the graph takes {length} token a call, of which nothing can be learned",
+            mend="distil the model exported with a free length, or without KV memory",
+        )
     wanted = course.sequences + course.held_out
     if text is not None:
         if tokenizer is None:
-            raise UsageError(
-                "text needs a tokenizer", where=str(text),
-                mend="put tokenizer.json beside the model or give --tokenizer",
-            )  # fmt: skip
+            raise _no_tokenizer(text)
         ids = windows_of_file(text, tokenizer, length)
         progress(f"distill: on {len(ids)} windows of {text.name}")
         return _cut(drive, ids, course, str(text), multiple)
@@ -126,7 +131,8 @@ def _language(
         def make() -> Array:
             return written(decoder, wanted, length, course.seed, progress)
 
-        asked = json.dumps([wanted, length, course.seed])
+        bos = None if tokenizer is None else tokenizer.bos_id
+        asked = json.dumps([wanted, length, course.seed, bos])
         return _cut(drive, store.once(asked, make), course, "the corpus", multiple)
     progress("distill: on random tokens: give --text for real ones")
     rng = np.random.default_rng(course.seed)
@@ -170,6 +176,13 @@ def _cut(drive: Drive, ids: Array, course: Course, where: str, multiple: int) ->
     return Language(drive, ids[:rows], ids[len(ids) - judge :])
 
 
+def _no_tokenizer(text: Path) -> UsageError:
+    return UsageError(
+        "text needs a tokenizer", where=str(text),
+        mend="put tokenizer.json beside the model or give --tokenizer",
+    )  # fmt: skip
+
+
 def _whole(count: int, multiple: int) -> int:
     return count - count % multiple
 
@@ -178,15 +191,17 @@ def _whole(count: int, multiple: int) -> int:
 
 
 def _encoder(
-    model: ir.Model, course: Course, tokenizer: Tokenizer | None, text: Path | None,
+    teacher: Student, course: Course, tokenizer: Tokenizer | None, text: Path | None,
     progress: Progress, multiple: int,
 ) -> Vectors:  # fmt: skip
-    count, length = course.sequences + course.held_out, course.length
-    ids = None
+    model, count = teacher.model, course.sequences + course.held_out
+    length, ids = _held_length(teacher, course.length), None
+    words = any(is_ids(v) for v in model.graph.inputs)
+    if text is not None and tokenizer is None and words:
+        raise _no_tokenizer(text)
     if text is not None and tokenizer is not None:
         ids = windows_of_file(text, tokenizer, length)
         count = min(count, len(ids))
-    words = any(is_ids(v) for v in model.graph.inputs)
     made_up = (
         "random tokens: give --text for real ones"
         if words
@@ -195,6 +210,21 @@ def _encoder(
     progress("distill: on " + (made_up if ids is None else f"{count} windows of text"))
     found = _stacked(list(batches(model, count, length, course.seed, ids)))
     return _vectors(model, found, course, "the data" if text is None else str(text), multiple)
+
+
+def _held_length(teacher: Student, length: int) -> int:
+    """`length`, halved until the model's position tables hold it."""
+    while True:
+        feeds = next(batches(teacher.model, 1, length, 0))
+        try:
+            with torch.inference_mode():
+                teacher(**feeds)
+        except (IndexError, RuntimeError, ValueError) as error:
+            if length // 2 < _SHORTEST:
+                raise UsageError(f"the model does not run on made-up data: {error}") from error
+            length //= 2
+        else:
+            return length
 
 
 def _stacked(feeds: list[dict[str, Array]]) -> dict[str, Array]:
@@ -218,11 +248,31 @@ def _vectors(
     mask = next((k for k, v in found.items() if "mask" in k and v.ndim == 2), "")
     teach = {k: v[:rows] for k, v in found.items()}
     judged = {k: v[count - judge :] for k, v in found.items()}
-    return Vectors(teach, judged, scores, vectors, mask, _is_padded(model, found, mask))
+    return Vectors(
+        teach, judged, scores, vectors, mask, _is_padded(model, found, mask), _apart(model, mask)
+    )
+
+
+def _apart(model: ir.Model, mask: str) -> tuple[str, ...]:
+    """The outputs of a decoder, whose positions the mask of its encoder does not tell of."""
+    if not mask or not is_pair(model):
+        return ()
+    encoded = {side(v, 1) for v in model.graph.inputs if v.name == mask} - {""}
+    return tuple(
+        str(v.name) for v in model.graph.outputs
+        if side(v, 1) not in encoded and "encoder" not in str(v.name)
+    )  # fmt: skip
 
 
 def _is_padded(model: ir.Model, found: Mapping[str, Array], mask: str) -> bool:
-    """Whether all inputs are ``[N, S]`` like the mask, with a length that is free."""
+    """Whether all inputs are ``[N, S]`` like the mask, with a length that is free.
+
+    Not where a decoder has a length of its own, nor where an output scores the positions
+    ``[N, S]``: cut, its scores would be other ones.
+    """
     if not mask or any(v.shape != found[mask].shape for v in found.values()):
+        return False
+    flat = [v for v in model.graph.outputs if v.shape is not None and len(v.shape) == 2]
+    if is_pair(model) or any(side(v, 1) for v in flat):
         return False
     return all(size_of(v, 1) is None for v in model.graph.inputs if v.name in found)

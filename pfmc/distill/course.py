@@ -15,7 +15,8 @@ class Course:
         seconds: CPU seconds to spend; turned into steps by timing a few, if `steps` is None.
         steps: steps; the same number gives the same bytes on the same machine.
         batch: samples a step, of all processes together; micro: of them at a time.
-        sequences: samples that are made up when no data are given; length: positions of each.
+        sequences: samples to learn from, at most; so many are made up when no data are given.
+        length: positions of each.
         held_out: samples kept for judging; never trained on.
         lr: peak learning rate of weights, in their own units; Adam.
         scale_lr: of what is held as logarithm (scales, steps, ranges): relative change a step.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pfmc.distill import losses
-from pfmc.distill.drive import Drive
+from pfmc.distill.drive import Drive, size_of
 from pfmc.distill.feeds import text_feed
 
 Array = npt.NDArray[Any]
@@ -99,10 +99,11 @@ class Language:
         return outputs[self.drive.logits][:, : self.ids.shape[1]]
 
     def keep(self, outputs: Outputs) -> dict[str, Tensor]:
-        """The teacher's probabilities, float16, and their negative entropies ``[B, S]``."""
-        logs = functional.log_softmax(self._scores(outputs).float(), dim=-1)
-        chances = logs.exp()
-        return {"chances": chances.to(torch.float16), "certainty": (chances * logs).sum(dim=-1)}
+        """The teacher's probabilities p, float16, and sum p log p - p + 1 of each position
+        ``[B, S]``: the negative entropy, and what float16 drops of many small p made good."""
+        kept = functional.softmax(self._scores(outputs).float(), dim=-1).to(torch.float16)
+        p = kept.float()
+        return {"chances": kept, "certainty": (torch.special.xlogy(p, p) - p).sum(dim=-1) + 1}
 
     def loss(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> Tensor:
         """Forward KL in nats a token."""
@@ -129,6 +130,7 @@ class Vectors:
         scores: outputs that are scores ``[..., V]``; vectors: outputs that are vectors.
         mask: graph input ``[N, S]`` that says where tokens are, or "".
         padded: whether what follows the last token of a batch is padding that can be left away.
+        apart: outputs at positions of their own, of which the mask tells nothing: a decoder's.
     """
 
     inputs: Feeds
@@ -137,6 +139,7 @@ class Vectors:
     vectors: tuple[str, ...]
     mask: str = ""
     padded: bool = False
+    apart: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -169,35 +172,33 @@ class Vectors:
 
     def loss(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> Tensor:
         """The sum over all outputs that count."""
-        mask = self._mask(feeds)
         parts = []
         for name in self.scores:
             ours, chances = outputs[name], target[name]
-            if mask is not None and ours.ndim == 3:
+            if (mask := self._mask(name, ours, feeds)) is not None:
                 ours, chances = ours[mask], chances[mask]
             parts.append(losses.forward_kl(ours.flatten(0, -2), chances.flatten(0, -2)))
         for name in self.vectors:
+            mask = self._mask(name, outputs[name], feeds)
             parts.append(losses.vector_error(outputs[name].float(), target[name], mask))
         return torch.stack(parts).sum()
 
     def figures(self, outputs: Outputs, target: Outputs, feeds: Feeds) -> dict[str, float]:
         """The loss, and the mean cosine of each vector output's positions that count."""
         found = {"loss": float(self.loss(outputs, target, feeds))}
-        mask = self._mask(feeds)
         for name in self.vectors:
             ours, truth = outputs[name].float(), target[name]
             same = functional.cosine_similarity(ours, truth, dim=-1)
-            found[f"cosine {name}"] = float(
-                (same[mask] if self._per_token(same, mask) else same).mean()
-            )
+            mask = self._mask(name, ours, feeds)
+            found[f"cosine {name}"] = float((same if mask is None else same[mask]).mean())
         return found
 
-    @staticmethod
-    def _per_token(values: Tensor, mask: Tensor | None) -> bool:
-        return mask is not None and values.shape == mask.shape
-
-    def _mask(self, feeds: Feeds) -> Tensor | None:
-        return torch.as_tensor(feeds[self.mask]) != 0 if self.mask else None
+    def _mask(self, name: str, value: Tensor, feeds: Feeds) -> Tensor | None:
+        """Where ``[B, S]`` an output ``[B, S, D]`` has tokens; None where all of it counts."""
+        if not self.mask or name in self.apart:
+            return None
+        mask = torch.as_tensor(feeds[self.mask], device=value.device) != 0
+        return mask if value.ndim == 3 and value.shape[:2] == mask.shape else None
 
 
 def _lengths(mask: Array) -> Array:
@@ -223,8 +224,24 @@ def order_of(lesson: Lesson, batch: int, rng: np.random.Generator) -> Array:
 
 
 def outputs_that_count(model: ir.Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(scores, vectors) among the real outputs of a graph, by their names."""
+    """(scores, vectors) among the real outputs of a graph, by their names.
+
+    Without those that compare the samples of a batch with each other (``logits_per_image``): what
+    they say of a sample depends on which others stand beside it.
+    """
     real = [v for v in model.graph.outputs if v.dtype is not None and v.dtype.is_floating_point()]
-    names = [str(v.name) for v in real if v.shape is None or len(v.shape) in (2, 3)]
+    samples = {side(v, 0) for v in model.graph.inputs} - {""}
+    names = [
+        str(v.name) for v in real
+        if v.shape is None or len(v.shape) == 3 or (len(v.shape) == 2 and side(v, 1) not in samples)
+    ]  # fmt: skip
     scores = tuple(n for n in names if "logits" in n)
     return scores, tuple(n for n in names if n not in scores)
+
+
+def side(value: ir.Value, axis: int) -> str:
+    """The name of a free axis; "" of one that is fixed, nameless or absent."""
+    if value.shape is None or len(value.shape) <= axis or size_of(value, axis) is not None:
+        return ""
+    size = value.shape[axis]
+    return "" if isinstance(size, int) or size.value is None else str(size.value)

@@ -75,6 +75,14 @@ class Processes:
         distributed.all_reduce(tensor)
         return float(tensor) / self.count
 
+    def greatest(self, *values: float) -> list[float]:
+        """The greatest of each of some numbers over all processes."""
+        if self.count == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return [float(v) for v in tensor]
+
     def average(self, student: Student) -> None:
         """Averages the gradients of parameters that are copies; FSDP2 does so for the others."""
         if self.count == 1:

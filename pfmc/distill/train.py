@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pfmc.distill.rule import Rule, Step, backpropagation
 from pfmc.distill.teacher import Teacher
 from pfmc.distill.trainee import Trainee
 from pfmc.errors import InputError
+from pfmc.ir import routing
 from pfmc.targets.base import Die
 from pfmc.targets.grids import assign
 
@@ -116,7 +118,7 @@ class Training:
         """
         if self.step == 0 and not self.history:
             tell(self, self._judge_and_keep(0.0))
-        while self.step < self.steps:
+        while self.step < self.steps and not self._given_up:
             first = self.course.first_converted(self.steps)
             if self.step == first and self.trainee.converts and self.enter_converters is not None:
                 self.enter_converters(self)
@@ -125,8 +127,10 @@ class Training:
             if self.step % self.course.judge_every == 0 or self.step == self.steps:
                 tell(self, self._judge_and_keep(loss))
             yield self
-            if self.course.patience and self.worse >= self.course.patience:
-                return
+
+    @property
+    def _given_up(self) -> bool:
+        return bool(self.course.patience) and self.worse >= self.course.patience
 
     def advance(self) -> float:
         """One step; returns its loss."""
@@ -198,7 +202,7 @@ class Training:
         return self.lesson.loss(outputs, target, feeds)
 
     def _loss_with_inner(self, rows: Sequence[int]) -> Tensor:
-        """The loss, and the errors of every fixed linear's output beside it."""
+        """The loss, and beside it the errors of the output of every fixed linear but experts'."""
         feeds = self.lesson.feeds(rows)
         truth: dict[str, Tensor] = {}
         ours: dict[str, Tensor] = {}
@@ -214,7 +218,13 @@ class Training:
             for student, _ in pairs:
                 student.observe = None
         loss = self.lesson.loss(outputs, target, feeds)
+        truth = {name: y for name, y in truth.items() if name not in self._routed}
         return loss + self.course.hidden * inner_error(ours, truth)
+
+    @cached_property
+    def _routed(self) -> frozenset[str]:
+        """Experts' layers: the teacher's router and the student's may send them other rows."""
+        return frozenset(n for g in routing.groups(self.teacher.student.model) for n in g)
 
     def _precision(self) -> Any:
         if self.course.precision == "fp32":
@@ -277,7 +287,7 @@ class Training:
         """CPU seconds of a step, which is then taken back: the least of a few equal ones, or the
         mean where samples have different lengths."""
         student, course = self.trainee.student, self.course
-        kept = {name: p.detach().clone() for name, p in student.named_parameters()}
+        kept = {name: v.detach().clone() for name, v in student.state_dict().items()}
         equal, self.steps = self.lesson.lengths is None, _TIMED
         first, times = course.first_converted(_TIMED) if converters else 0, []
         for step in range(first, first + (3 if equal else 8)):
@@ -285,9 +295,7 @@ class Training:
             start = time.process_time()
             self.advance()
             times.append(time.process_time() - start)
-        with torch.no_grad():
-            for name, parameter in student.named_parameters():
-                parameter.copy_(kept[name])
+        student.load_state_dict(kept)  # what twins remember from call to call, too
         student.zero_grad(set_to_none=True)
         self.step = 0
         self.restart()

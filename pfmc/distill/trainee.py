@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from pfmc.distill.calibrate import Gatherer
+from pfmc.distill.calibrate import Gatherer, real_rows
 from pfmc.distill.processes import Processes
 from pfmc.distill.student import Student
 from pfmc.distill.trainable import InputGrid, TrainableLinear
@@ -91,6 +91,7 @@ class Trainee:
         self.student.observe = gatherer
         try:
             for feeds in batches:
+                gatherer.real = real_rows(feeds)
                 with torch.no_grad():
                     self.student(**feeds)
         finally:
@@ -107,7 +108,10 @@ class Trainee:
             prefix = f"layers.{name.replace('.', '/')}."
             values = {k: state[prefix + k] for k in ("weight", "log_scale", "bias")}
             record = layer.settled(self.records[name], values)
-            made[name] = replace(record, statistics=(statistics or {}).get(name, record.statistics))
+            seen = (statistics or {}).get(name)
+            if seen is not None and seen.samples:  # an expert may have been sent no row
+                record = replace(record, statistics=seen)
+            made[name] = record
         return made
 
     def ranges(self, state: Mapping[str, Tensor]) -> dict[str, npt.NDArray[np.float32]]:

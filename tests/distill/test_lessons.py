@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfmc.distill.lessons import Vectors, order_of
+from pfmc.distill.drive import Drive
+from pfmc.distill.lessons import Language, Vectors, order_of
 from pfmc.distill.teacher import Teacher
 
 LENGTHS = (3, 9, 1, 5, 9, 2, 4, 12, 6, 7, 1)
@@ -30,6 +31,21 @@ class Echo(torch.nn.Module):
     def forward(self, ids: Any, mask: Any) -> dict[str, torch.Tensor]:
         ids = torch.as_tensor(ids, dtype=torch.float32)
         return {"y": torch.stack([ids, ids.sum(dim=1, keepdim=True).expand_as(ids)], dim=2)}
+
+
+@pytest.mark.parametrize(("vocabulary", "width"), [(1000, 1.0), (50_000, 2.0), (100_000, 4.0)])
+def test_the_divergence_of_a_large_vocabulary_is_right(vocabulary: int, width: float) -> None:
+    """Against float64: many small chances count, and the teacher is no way from itself."""
+    made = torch.Generator().manual_seed(0)
+    truth = width * torch.randn(4, 32, vocabulary, generator=made)
+    ours = truth + 0.1 * torch.randn(4, 32, vocabulary, generator=made)
+    ids = np.zeros((4, 32), np.int64)
+    lesson = Language(Drive("ids", "", False, "", "", "y", (), None, None, vocabulary), ids, ids)
+    target = lesson.keep({"y": truth})
+    p, q = (v.double().log_softmax(-1) for v in (truth, ours))
+    exact = float((p.exp() * (p - q)).sum(-1).mean())
+    assert 0 <= float(lesson.loss({"y": truth}, target, {})) < 0.1 * exact
+    assert float(lesson.loss({"y": ours}, target, {})) == pytest.approx(exact, rel=0.1)
 
 
 def test_a_batch_is_as_long_as_its_longest_sample() -> None:

@@ -28,7 +28,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(rank: int, count: int, port: int, model: Path, out: Path) -> subprocess.Popen[str]:
+def start(
+    rank: int, count: int, port: int, model: Path, out: Path, *budget: str,
+    program: tuple[str, ...] = ("-m", "pfmc"),
+) -> subprocess.Popen[str]:  # fmt: skip
     joined = {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -36,8 +39,8 @@ def start(rank: int, count: int, port: int, model: Path, out: Path) -> subproces
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     settings = [x for s in SETTINGS for x in ("--set", s)]
     return subprocess.Popen(
-        [sys.executable, "-m", "pfmc", "distill", str(model), "-t", "crossbar", "-o", str(out),
-         "--steps", "5", *settings, "--json"],
+        [sys.executable, *program, "distill", str(model), "-t", "crossbar", "-o", str(out),
+         *(budget or ("--steps", "5")), *settings, "--json"],
         env=env | (joined if count > 1 else {}), text=True, cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -66,6 +69,51 @@ def test_two_processes_are_one(tiny: Path, tmp_path: Path) -> None:
     pairs = zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True)
     for one, two in list(pairs)[:-1]:
         assert two == pytest.approx(one, abs=1e-5)
+
+
+UNLIKE = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from pfmc import cli, distillation
+from pfmc.distill import train
+
+rank, steps, advance = int(os.environ["RANK"]), [], train.Training.advance
+clock = time.process_time
+distillation.time = SimpleNamespace(process_time=lambda: clock() * (1000 if rank else 1))
+
+def planned(training, seconds):
+    Path(sys.argv[6]).with_suffix(f".seconds{rank}").write_text(str(seconds))
+    return 5
+
+def interrupted(training):
+    loss = advance(training)
+    steps.append(training.step)
+    if rank and len(steps) == 4:
+        signal.raise_signal(signal.SIGINT)
+    return loss
+
+distillation.steps_for, train.Training.advance = planned, interrupted
+cli.main()
+"""
+
+
+def test_processes_plan_save_and_stop_together(tiny: Path, tmp_path: Path) -> None:
+    """One process has a faster clock, and it alone is interrupted; then both resume."""
+    out = tmp_path / "d"
+    for code in (130, 0):
+        port = free_port()
+        pair = [
+            start(rank, 2, port, tiny, out, "--seconds", "1e9", program=("-c", UNLIKE))
+            for rank in (0, 1)
+        ]
+        for process in pair:
+            _, err = process.communicate(timeout=200)
+            assert process.returncode == code, err[-3000:]
+        assert (out / "checkpoint.pt").is_file() == bool(code)
+    planned = {out.with_suffix(f".seconds{rank}").read_text() for rank in (0, 1)}
+    assert len(planned) == 1
+    assert [row[0] for row in losses(out)] == [0, 2, 4, 5]
 
 
 def test_samples_are_shared_evenly_or_refused() -> None:
