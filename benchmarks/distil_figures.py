@@ -82,7 +82,7 @@ ROWS = {
     "noise5": Row(STORIES, "crossbar_gaussian5", analog(1.5e-3), 1.20),
     "noise10": Row(STORIES, "crossbar_gaussian10", analog(1.5e-3, clip=1.6), 1.70),
     "bard10": Row(BARD, "crossbar_gaussian10", analog(1e-3, clip=1.6), 1.03),
-    "pcm": Row(STORIES, "crossbar", analog(1e-3, "distill.age_s=86400"), math.nan, DAY),
+    "pcm": Row(STORIES, "crossbar", analog(1e-3, "distill.age_s=86400", clip=1.8), math.nan, DAY),
 }
 
 

@@ -59,7 +59,7 @@ def moments(laws: NoiseModel, floor: float, age_s: float, reading: bool) -> Mome
     rng, count, span = generator(0, "moments", "pair"), len(laws.write) + len(laws.age), 1.0 - floor
     quantiles = ndtri((np.arange(_PAIRS) + 0.5) / _PAIRS)
     normal = (quantiles / quantiles.std()).astype(np.float32)
-    draws = [[rng.permutation(normal) for _ in range(count)] for _ in range(2)]
+    draws = [[normal[rng.permutation(_PAIRS)] for _ in range(count)] for _ in range(2)]
     idle = _device(laws, floor, age_s, draws[1])
     weights = np.linspace(0.0, 1.0, _RUN)
     found = []
