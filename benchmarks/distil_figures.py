@@ -63,7 +63,7 @@ def weights(bits: int, lr: float, *more: str) -> tuple[str, ...]:
     return (f"quantise.weight_bits={bits}", f"distill.lr={lr}", "distill.sequences=2048", *more)
 
 
-def analog(lr: float, *more: str, clip: float = 3) -> tuple[str, ...]:
+def analog(lr: float, *more: str, clip: float) -> tuple[str, ...]:
     """Noisy weights, clipped at so many deviations: noise is relative to the largest."""
     return (f"distill.lr={lr}", f"distill.clip_sigmas={clip:g}", "distill.sequences=2048", *more)
 
@@ -79,7 +79,7 @@ ROWS = {
     "bard4": Row(BARD, "rom", weights(4, 3e-4), 1.01),
     "bard3": Row(BARD, "rom", weights(3, 5e-4), 1.02),
     "bard2": Row(BARD, "rom", weights(2, 7e-4), 1.05),
-    "noise5": Row(STORIES, "crossbar_gaussian5", analog(1.5e-3), 1.20),
+    "noise5": Row(STORIES, "crossbar_gaussian5", analog(1.5e-3, clip=1.8), 1.20),
     "noise10": Row(STORIES, "crossbar_gaussian10", analog(1.5e-3, clip=1.6), 1.70),
     "bard10": Row(BARD, "crossbar_gaussian10", analog(1e-3, clip=1.6), 1.03),
     "pcm": Row(STORIES, "crossbar", analog(1e-3, "distill.age_s=86400", clip=1.8), math.nan, DAY),
