@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -241,14 +241,24 @@ class NoiseModel:
         """
         if seed is None:
             return target, target
-        written, aged = target, target
-        rng = generator(seed, layer, "write")
-        for write in self.write:
-            written = write.apply(written, rng.standard_normal(target.shape, dtype=np.float32))
-        rng, aged = generator(seed, layer, "age"), written
-        for age in self.age if age_s != 0.0 else ():
-            z = rng.standard_normal(target.shape, dtype=np.float32)
-            aged = age.apply(target, aged, z, age_s)
+
+        def draws(moment: str) -> Iterator[Array]:
+            rng = generator(seed, layer, moment)
+            while True:
+                yield rng.standard_normal(target.shape, dtype=np.float32)
+
+        return self.lived(target, draws("write"), draws("age"), age_s)
+
+    def lived(
+        self, target: Array, write: Iterable[Array], age: Iterable[Array], age_s: float
+    ) -> tuple[Array, Array]:
+        """`target` as written and as aged, one of the normal numbers `write` and `age` a law."""
+        written = target
+        for law, z in zip(self.write, write, strict=False):
+            written = law.apply(written, z)
+        aged = written
+        for change, z in zip(self.age if age_s != 0.0 else (), age, strict=False):
+            aged = change.apply(target, aged, z, age_s)
         return written, aged
 
 

@@ -60,31 +60,22 @@ def moments(laws: NoiseModel, floor: float, age_s: float, reading: bool) -> Mome
     quantiles = ndtri((np.arange(_PAIRS) + 0.5) / _PAIRS)
     normal = (quantiles / quantiles.std()).astype(np.float32)
     draws = [[normal[rng.permutation(_PAIRS)] for _ in range(count)] for _ in range(2)]
-    idle = _device(laws, floor, age_s, draws[1])
+
+    def device(target: float, drawn: list[Floats]) -> tuple[Floats, Floats]:
+        aimed, writes = np.full(_PAIRS, target, np.float32), len(laws.write)
+        return laws.lived(aimed, drawn[:writes], drawn[writes:], age_s)
+
+    idle = device(floor, draws[1])
     weights = np.linspace(0.0, 1.0, _RUN)
     found = []
     for weight in weights:
-        held = _device(laws, floor + span * weight, age_s, draws[0])
+        held = device(floor + span * weight, draws[0])
         written, aged = ((a - b) / span for a, b in zip(held, idle, strict=True))
         variance = aged.var()
-        for device in (held, idle) if reading else ():
-            variance += np.square(laws.read_sigma(*device, age_s)).mean() / span**2
+        for state in (held, idle) if reading else ():
+            variance += np.square(laws.read_sigma(*state, age_s)).mean() / span**2
         error, spread = aged.mean() - weight, np.sqrt(variance)
         found.append((error, spread, abs(written).mean(), abs(aged).mean()))
     fine = np.linspace(0.0, 1.0, POINTS)
     lines = (np.interp(fine, weights, f).astype(np.float32) for f in zip(*found, strict=True))
     return Moments(*lines)
-
-
-def _device(
-    laws: NoiseModel, target: float, age_s: float, draws: list[Floats]
-) -> tuple[Floats, Floats]:
-    """g / g_max of devices as written and as aged."""
-    aimed = np.full(_PAIRS, target, np.float32)
-    written = aimed
-    for write, z in zip(laws.write, draws, strict=False):
-        written = write.apply(written, z)
-    aged = written
-    for age, z in zip(laws.age if age_s != 0.0 else (), draws[len(laws.write) :], strict=False):
-        aged = age.apply(aimed, aged, z, age_s)
-    return written, aged

@@ -246,16 +246,13 @@ class CrossbarTwin(nn.Module):
 
     def _written(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Devices ``[2, out, T, R]`` as written and as aged; see `noise.NoiseModel.device`."""
-        written, laws = target, self.design.noise
+        laws, age_s = self.design.noise, self.die.age_s
         if self.die.seed is None:
             return target, target
-        draws = self._draws(target, "write", len(laws.write))
-        for write, z in zip(laws.write, draws, strict=True):
-            written = write.apply(written, z)
-        aged, ages = written, laws.age if self.die.age_s != 0.0 else ()
-        for age, z in zip(ages, self._draws(target, "age", len(ages)), strict=True):
-            aged = age.apply(target, aged, z, self.die.age_s)
-        return written, aged
+        writes = self._draws(target, "write", len(laws.write))
+        ages = self._draws(target, "age", len(laws.age) if age_s != 0.0 else 0)
+        made: tuple[Tensor, Tensor] = laws.lived(target, writes, ages, age_s)
+        return made
 
     def _draws(self, like: Tensor, moment: str, count: int) -> list[Tensor]:
         """The normal numbers of `count` laws of one moment, each shaped like `like`."""
