@@ -24,6 +24,7 @@ class Course:
         warmup: share of the steps in which the rate rises; decay: how it falls to 0.
         gradient_norm: gradients are clipped to it; 0 does not clip.
         clip_sigmas: weights are clipped to so many standard deviations after every step; 0 never.
+            A prototype's are not: it has one die, whose errors are learned with.
         hidden: weight of the errors of all fixed linears' outputs beside the loss.
         converters_from: share of the steps after which output converters are emulated; in the last
             step they always are, for only states that were judged with them are kept.

@@ -150,7 +150,7 @@ class Training:
         if course.gradient_norm:
             self.processes.clip(student, course.gradient_norm)
         self.optimiser.step()
-        if course.clip_sigmas:
+        if course.clip_sigmas and self.prototype is None:
             with torch.no_grad():
                 self.trainee.clip(course.clip_sigmas)
         return loss

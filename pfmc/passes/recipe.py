@@ -163,7 +163,8 @@ class Distilling(_Section):
             relative change. fabric_lr: of biases, norms and embedding tables.
         warmup: share of the steps in which rates rise. decay: how they fall to 0.
         gradient_norm: gradients are clipped to it; 0 never.
-        clip_sigmas: weights are clipped to so many deviations of their tile's column; 0 never.
+        clip_sigmas: weights are clipped to so many deviations of their tile's column; 0 never. Not
+            those of a prototype, whose one die is learned with.
         hidden: weight of the errors of inner layers beside the loss.
         converters_from: share of the steps after which output converters are emulated; in the
             last step they always are.

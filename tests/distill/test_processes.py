@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "calibration.sequences=2", "calibration.length=16", "distill.sequences=16",
     "distill.held_out=4", "distill.length=16", "distill.batch=4", "distill.judge_every=2",
-    "distill.lr=3e-4", "distill.converters_from=1",
+    "distill.lr=3e-4", "distill.converters_from=1", "distill.clip_sigmas=0",
 )  # fmt: skip
 
 
