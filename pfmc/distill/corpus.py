@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 
 from pfmc.artifact import save_tensors
 from pfmc.distill.calibrate import fitting_length, is_causal
@@ -26,6 +25,7 @@ from pfmc.distill.feeds import batches, batches_of_file, is_ids
 from pfmc.distill.generate import Decoder
 from pfmc.distill.lessons import Language, Lesson, Vectors, outputs_that_count, side
 from pfmc.distill.seq2seq import is_pair
+from pfmc.distill.shapes import longest
 from pfmc.distill.student import Student
 from pfmc.distill.text import Tokenizer, load_tokenizer, windows_of_file
 from pfmc.errors import InputError, UsageError
@@ -65,7 +65,7 @@ def lesson_of(
     try:
         drive = detect(teacher.model)
     except UsageError:
-        return _encoder(teacher, course, read, text, progress, multiple)
+        return _encoder(teacher.model, course, read, text, progress, multiple)
     _require_match(read, drive, tokenizer)
     store = _Store(folder, key)
     return _language(teacher, drive, course, read, text, store, progress, multiple)
@@ -191,11 +191,10 @@ def _whole(count: int, multiple: int) -> int:
 
 
 def _encoder(
-    teacher: Student, course: Course, tokenizer: Tokenizer | None, text: Path | None,
+    model: ir.Model, course: Course, tokenizer: Tokenizer | None, text: Path | None,
     progress: Progress, multiple: int,
 ) -> Vectors:  # fmt: skip
-    model, count = teacher.model, course.sequences + course.held_out
-    length, ids = _held_length(teacher, course.length), None
+    count, length, ids = course.sequences + course.held_out, longest(model, course.length), None
     words = any(is_ids(v) for v in model.graph.inputs)
     if text is not None and tokenizer is None and words:
         raise _no_tokenizer(text)
@@ -210,21 +209,6 @@ def _encoder(
     progress("distill: on " + (made_up if ids is None else f"{count} windows of text"))
     found = _stacked(list(batches(model, count, length, course.seed, ids)))
     return _vectors(model, found, course, "the data" if text is None else str(text), multiple)
-
-
-def _held_length(teacher: Student, length: int) -> int:
-    """`length`, halved until the model's position tables hold it."""
-    while True:
-        feeds = next(batches(teacher.model, 1, length, 0))
-        try:
-            with torch.inference_mode():
-                teacher(**feeds)
-        except (IndexError, RuntimeError, ValueError) as error:
-            if length // 2 < _SHORTEST:
-                raise UsageError(f"the model does not run on made-up data: {error}") from error
-            length //= 2
-        else:
-            return length
 
 
 def _stacked(feeds: list[dict[str, Array]]) -> dict[str, Array]:
