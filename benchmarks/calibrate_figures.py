@@ -57,7 +57,7 @@ class Case:
 CASES = (
     Case(STORIES, "crossbar_gaussian10", "0s", "noise10"),
     Case(STORIES, "crossbar_gaussian5", "0s", "noise5"),
-    Case(STORIES, "crossbar", "1day", "pcm"),
+    Case(STORIES, "crossbar", "1day", "pcm_soft"),
     Case(BARD, "crossbar_gaussian10", "0s", "bard10"),
     Case(BARD, "crossbar", "1day"),
 )

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import stsb
 from benchmarks.accuracy import SHARED
-from benchmarks.distil_figures import DAY, ROOT, analog, both, merge, weights
+from benchmarks.distil_figures import AGED, DAY, ROOT, analog, both, merge, weights
 from pfmc.compile import Options
 from pfmc.evaluation import evaluate
 
@@ -60,7 +60,7 @@ ROWS = {
     "minilm4": Row("rom", (*weights(4, 2e-5), *COMMON), 0.985, 0.005),
     "minilm3": Row("rom", (*weights(3, 4e-5), *COMMON), 0.95, 0.005),
     "minilm_pcm": Row(
-        "crossbar", (*analog(1e-4, "distill.age_s=86400", clip=1.8), *COMMON), 0.95, 0.02, DAY
+        "crossbar", (*analog(1e-4, AGED, clip=1.8), *COMMON), 0.95, 0.02, DAY
     ),
 }
 

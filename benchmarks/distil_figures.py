@@ -69,6 +69,7 @@ def analog(lr: float, *more: str, clip: float) -> tuple[str, ...]:
 
 
 STATIC = ("quantise.inputs=static",)
+AGED = f"distill.age_s={DAY:g}"
 ROWS = {
     "w4": Row(STORIES, "rom", weights(4, 4e-4), 1.035),
     "w3": Row(STORIES, "rom", weights(3, 7e-4), 1.12),
@@ -82,7 +83,8 @@ ROWS = {
     "noise5": Row(STORIES, "crossbar_gaussian5", analog(1.5e-3, clip=1.8), 1.20),
     "noise10": Row(STORIES, "crossbar_gaussian10", analog(1.5e-3, clip=1.6), 1.70),
     "bard10": Row(BARD, "crossbar_gaussian10", analog(1e-3, clip=1.6), 1.03),
-    "pcm": Row(STORIES, "crossbar", analog(1e-3, "distill.age_s=86400", clip=1.8), math.nan, DAY),
+    "pcm": Row(STORIES, "crossbar", analog(1e-3, AGED, clip=1.8), math.nan, DAY),
+    "pcm_soft": Row(STORIES, "crossbar", analog(1e-3, AGED, clip=3), math.nan, DAY),
 }
 
 
