@@ -17,6 +17,7 @@ from pfmc import ingest
 from pfmc.distill import calibrate, feeds
 from pfmc.errors import FileError, InputError, UsageError
 from pfmc.ir import vocabulary
+from tests.one_linear import one_linear
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,7 @@ class Stub:
 
 
 def linear_model(width: int = 5, rows: int | str = "n") -> ir.Model:
-    kind = ir.TensorType(ir.DataType.FLOAT)
-    x = ir.Value(name="x", shape=ir.Shape([rows, width]), type=kind)
-    arrays = {"w": np.arange(width * 3, dtype=np.float32).reshape(width, 3), "b": np.ones(3, "f")}
-    values = [
-        ir.Value(name=n, shape=ir.Shape(a.shape), type=kind, const_value=ir.tensor(a, name=n))
-        for n, a in arrays.items()
-    ]
-    node = ir.node("FixedLinear", [x, *values], domain=vocabulary.DOMAIN, name="fc")
-    node.outputs[0].name, node.outputs[0].type = "y", kind
-    graph = ir.Graph(
-        [x], node.outputs, nodes=[node], initializers=values, opset_imports={"": 24}, name="g"
-    )
-    model = ir.Model(graph, ir_version=11)
-    vocabulary.install(model)
-    return model
+    return one_linear(np.arange(width * 3.0).reshape(width, 3), np.ones(3), rows)
 
 
 def test_statistics_equal_numpy() -> None:

@@ -22,6 +22,7 @@ from pfmc.hardware import LayerStatistics, QuantisedMatrix
 from pfmc.ir import routing
 from pfmc.layer_rounding import LayerPlan
 from pfmc.passes import pipeline, recipe
+from tests.one_linear import one_linear
 
 Make = Callable[..., ir.Model]
 
@@ -157,20 +158,8 @@ def test_a_latent_starts_at_the_codes_it_was_given() -> None:
 
 def test_a_block_that_gives_no_real_numbers_is_not_learned() -> None:
     """The index of the largest score, say: rounding stays what the layer-wise search found."""
-    kind, rng = ir.TensorType(ir.DataType.FLOAT), np.random.default_rng(0)
-    x = ir.Value(name="x", shape=ir.Shape(["n", 16]), type=kind)
-    arrays = {"w": rng.standard_normal((16, 6)).astype("f"), "b": np.zeros(6, "f")}
-    constants = [
-        ir.Value(name=n, shape=ir.Shape(a.shape), type=kind, const_value=ir.tensor(a, name=n))
-        for n, a in arrays.items()
-    ]
-    fc = ir.node("FixedLinear", [x, *constants], domain="pfmc", name="fc")
-    largest = ir.node("ArgMax", fc.outputs, {"axis": -1})
-    graph = ir.Graph(
-        [x], largest.outputs, nodes=[fc, largest], initializers=constants,
-        opset_imports={"": 24}, name="g",
-    )  # fmt: skip
-    fc.outputs[0].name, largest.outputs[0].name = "scores", "y"
+    rng = np.random.default_rng(0)
+    model = one_linear(rng.standard_normal((16, 6)), np.zeros(6), then="ArgMax")
     feeds = [{"x": rng.standard_normal((8, 16)).astype(np.float32)} for _ in range(3)]
     made: dict[str, dict[str, QuantisedMatrix]] = {"compensate": {}, "learned": {}}
     for search, found in made.items():
@@ -178,7 +167,7 @@ def test_a_block_that_gives_no_real_numbers_is_not_learned() -> None:
             lambda _, s=search: LayerPlan(formats.of("int", 2), 0, s),  # type: ignore[misc]
             lambda _: None,
         )
-        solve(ir.Model(graph, ir_version=11), feeds, order, found.__setitem__)
+        solve(model, feeds, order, found.__setitem__)
     assert made["learned"]["fc"].choice == made["compensate"]["fc"].choice
     np.testing.assert_array_equal(made["learned"]["fc"].codes, made["compensate"]["fc"].codes)
 

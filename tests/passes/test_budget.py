@@ -14,10 +14,10 @@ from pfmc import formats
 from pfmc.errors import InfeasibleError, UsageError
 from pfmc.formats import Format
 from pfmc.hardware import Limits
-from pfmc.ir import vocabulary
 from pfmc.passes.budget import Chosen, Option, choose, knapsack
 from pfmc.passes.quantise import Quantise
 from pfmc.passes.recipe import Budget
+from tests.one_linear import one_linear
 
 tables = st.lists(
     st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=4),
@@ -61,19 +61,7 @@ LIMITS = Limits((2, 8), 8, 0, 64, 64, False, formats=formats.NAMES)
 
 def one_layer() -> ir.Model:
     """A fixed linear of 64 inputs and 4 outputs."""
-    kind, rng = ir.TensorType(ir.DataType.FLOAT), np.random.default_rng(0)
-    x = ir.Value(name="x", shape=ir.Shape(["n", 64]), type=kind)
-    arrays = {"w": rng.standard_normal((64, 4)).astype("f"), "b": np.zeros(4, "f")}
-    constants = [
-        ir.Value(name=n, shape=ir.Shape(a.shape), type=kind, const_value=ir.tensor(a, name=n))
-        for n, a in arrays.items()
-    ]
-    node = ir.node("FixedLinear", [x, *constants], domain=vocabulary.DOMAIN, name="fc")
-    node.outputs[0].name, node.outputs[0].type = "y", kind
-    graph = ir.Graph(
-        [x], node.outputs, nodes=[node], initializers=constants, opset_imports={"": 24}, name="g"
-    )
-    return ir.Model(graph, ir_version=11)
+    return one_linear(np.random.default_rng(0).standard_normal((64, 4)), np.zeros(4))
 
 
 def chosen(options: Quantise, **budget: object) -> Chosen:
