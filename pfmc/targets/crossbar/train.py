@@ -123,9 +123,10 @@ class CrossbarTwin(nn.Module):
         if self.die.seed is None:
             return functional.linear(x, weight)
         if self.training:
-            return functional.linear(x, weight + self._errors(weight, joined=True)[0])
-        judged: Tensor = self._kept(weight, lambda: weight + self._errors(weight, joined=True)[0])
-        return functional.linear(x, judged)
+            error = self._errors(weight, joined=True)[0]
+        else:
+            error = self._kept(weight, lambda: self._errors(weight, joined=True)[0])
+        return functional.linear(x, weight + error)
 
     @torch.no_grad()
     def _errors(self, weight: Tensor, joined: bool) -> tuple[Tensor, Tensor]:
